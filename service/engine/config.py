@@ -1,0 +1,19 @@
+"""The engine's own limits: typed, bounded, and refused where a key is unknown."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class EngineConfig(BaseModel):
+    """Limits of the engine; what the model itself allows stands in BackendSpec."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    max_queue_size: int = Field(
+        default=256, ge=1, le=1_000_000, description="requests that may wait; one more is refused"
+    )
+    max_n: int = Field(default=16, ge=1, le=256, description="largest n of a request")
+    max_sequences: int = Field(
+        default=64, ge=1, le=4096, description="sequences that may hold a KV cache at once"
+    )

@@ -1,0 +1,399 @@
+"""One step at a time: schedule, compute, sample, detokenize, report. Synchronous and unlocked."""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import logging
+import time
+import uuid
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from gptjet.service.engine.backend import Backend, Phase, PrefillResult, ScheduledBatch
+from gptjet.service.engine.config import EngineConfig
+from gptjet.service.engine.detokenizer import Detokenizer
+from gptjet.service.engine.errors import (
+    EngineError,
+    EngineStepError,
+    FieldViolation,
+    InvalidRequestError,
+    QueueFullError,
+)
+from gptjet.service.engine.request import (
+    FinishReason,
+    Request,
+    RequestOutput,
+    RequestSummary,
+    SequenceSummary,
+    Timings,
+    TokenLogprob,
+    validate_request,
+)
+from gptjet.service.engine.sampler import NonFiniteLogitsError, SampledTokens, Sampler
+from gptjet.service.engine.scheduler import Scheduler
+from gptjet.service.engine.sequence import Sequence, SequenceStatus
+
+if TYPE_CHECKING:
+    import torch
+
+    from gptjet.service.engine.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+_NS_PER_MS = 1e6
+
+
+@dataclass(slots=True)
+class _RequestState:
+    """A request in flight and its sequences. `unfinished` counts those still waiting or running."""
+
+    key: int
+    request: Request
+    sequences: list[Sequence]
+    unfinished: int = field(default=0)
+
+    def __post_init__(self) -> None:
+        self.unfinished = len(self.sequences)
+
+    @property
+    def started(self) -> bool:
+        return any(sequence.first_step_ns for sequence in self.sequences)
+
+
+class Engine:
+    """Runs requests against one backend.
+
+    `add` queues a request and returns its key; each `step` advances one batch and returns what
+    became certain, as (key, RequestOutput) pairs; the last output of a request has its summary.
+    Not thread-safe: `AsyncEngine` owns one and calls it from its thread.
+    """
+
+    def __init__(
+        self, backend: Backend, tokenizer: Tokenizer, config: EngineConfig | None = None
+    ) -> None:
+        self.backend = backend
+        self.spec = backend.spec
+        self.tokenizer = tokenizer
+        self.config = config or EngineConfig()
+        self.scheduler = Scheduler(self.spec, self.config.max_sequences)
+        self.sampler = Sampler(self.spec.vocab_size, self.spec.eos_token_ids)
+        self._requests: dict[int, _RequestState] = {}
+        self._request_of: dict[int, _RequestState] = {}  # by sequence_id
+        self._deadlines: list[tuple[int, int]] = []  # heap of (deadline_ns, key)
+        self._keys = itertools.count()
+        self._sequence_ids = itertools.count()
+
+    @property
+    def has_work(self) -> bool:
+        """Whether any request is waiting or running."""
+        return bool(self._requests)
+
+    @property
+    def num_requests(self) -> int:
+        """Requests waiting or running."""
+        return len(self._requests)
+
+    @property
+    def num_waiting_requests(self) -> int:
+        """Requests of which no sequence has run yet."""
+        return sum(not state.started for state in self._requests.values())
+
+    def validate(self, request: Request) -> None:
+        """Raise InvalidRequestError if the request can never be served. Reads constants only."""
+        validate_request(
+            request,
+            vocab_size=self.spec.vocab_size,
+            max_context=self.spec.max_context,
+            max_n=self.config.max_n,
+        )
+        capacity = self.spec.num_kv_blocks * self.spec.block_size
+        if self.scheduler.block_manager.blocks_for(request.max_tokens) > self.spec.num_kv_blocks:
+            raise InvalidRequestError(
+                FieldViolation(
+                    "sampling_params.max_new_tokens",
+                    f"prompt ({len(request.prompt_token_ids)}) + max_new_tokens "
+                    f"({request.sampling_params.max_new_tokens}) can never fit the KV cache of "
+                    f"{capacity} tokens",
+                )
+            )
+
+    def add(self, request: Request) -> int:
+        """Queue a request and return its key.
+
+        Raises InvalidRequestError if it can never be served and QueueFullError at the bound.
+        """
+        self.validate(request)
+        if self.num_waiting_requests >= self.config.max_queue_size:
+            raise QueueFullError(self.config.max_queue_size, retry_after_s=1.0)
+        return self.add_unchecked(request)
+
+    def add_unchecked(self, request: Request) -> int:
+        """`add` for a caller that has validated the request and counts the queue itself."""
+        key = next(self._keys)
+        sequences = [
+            Sequence(
+                sequence_id=next(self._sequence_ids),
+                request=request,
+                index=index,
+                detokenizer=Detokenizer(self.tokenizer, request.sampling_params.stop),
+                sampling_state=self.sampler.new_state(request, index),
+            )
+            for index in range(request.sampling_params.n)
+        ]
+        state = _RequestState(key, request, sequences)
+        self._requests[key] = state
+        for sequence in sequences:
+            self._request_of[sequence.sequence_id] = state
+        if request.deadline_ns is not None:
+            self._drop_stale_deadlines()
+            heapq.heappush(self._deadlines, (request.deadline_ns, key))
+        self.scheduler.add(sequences)
+        return key
+
+    def cancel(
+        self, key: int, reason: FinishReason = FinishReason.CANCELLED
+    ) -> list[tuple[int, RequestOutput]]:
+        """Stop a request now and free what it holds. An unknown or finished key is fine."""
+        state = self._requests.get(key)
+        return [] if state is None else self._abort(state.sequences, reason)
+
+    def step(self) -> list[tuple[int, RequestOutput]]:
+        """Advance one batch. Never raises for what a request or a backend does wrong."""
+        outputs = self._expire_deadlines()
+        batch = self.scheduler.schedule()
+        if batch is None:
+            return outputs
+        now_ns = time.monotonic_ns()
+        for sequence in batch.sequences:
+            sequence.first_step_ns = sequence.first_step_ns or now_ns
+        try:
+            self._compute(batch, outputs)
+        except Exception as error:  # noqa: BLE001 - whatever a backend raises concerns the
+            # sequences of this step and nobody else; `fail` logs it with its traceback.
+            outputs += self.fail(batch.sequences, error)
+        return outputs
+
+    def fail(
+        self, sequences: tuple[Sequence, ...] | None, error: Exception
+    ) -> list[tuple[int, RequestOutput]]:
+        """End `sequences` (None: every one) with ERROR; the log has the traceback and the id."""
+        if sequences is None:
+            sequences = tuple(s for state in self._requests.values() for s in state.sequences)
+        return self._abort(sequences, FinishReason.ERROR, _log_failure(error, len(sequences)))
+
+    def _compute(self, batch: ScheduledBatch, outputs: list[tuple[int, RequestOutput]]) -> None:
+        """Run the batch; appends to `outputs` as it goes, so that an error loses none of them."""
+        prompt_logits: tuple[torch.Tensor | None, ...] = ()
+        if batch.phase is Phase.PREFILL:
+            result: PrefillResult = self.backend.prefill(batch)
+            logits, prompt_logits = result.logits, result.prompt_logits
+        else:
+            logits = self.backend.decode(batch)
+        sequences = batch.sequences
+        try:
+            sampled = self._sample(logits, sequences)
+        except NonFiniteLogitsError as error:
+            # NaN or infinity in one row says nothing about the others.
+            bad = frozenset(error.rows)
+            outputs += self.fail(tuple(s for i, s in enumerate(sequences) if i in bad), error)
+            good = [i for i in range(len(sequences)) if i not in bad]
+            if not good:
+                return
+            sequences = tuple(sequences[i] for i in good)
+            prompt_logits = tuple(prompt_logits[i] for i in good) if prompt_logits else ()
+            sampled = self._sample(logits[good], sequences)
+        now_ns = time.monotonic_ns()
+        for row, sequence in enumerate(sequences):
+            if batch.phase is Phase.PREFILL and not sequence.output_token_ids:
+                outputs += self._echo(sequence, prompt_logits[row])
+            outputs.append(
+                self._advance(sequence, sampled.token_ids[row], sampled.logprobs[row], now_ns)
+            )
+
+    def _sample(self, logits: torch.Tensor, sequences: tuple[Sequence, ...]) -> SampledTokens:
+        return self.sampler.sample(logits, [s.sampling_state for s in sequences])
+
+    def _echo(
+        self, sequence: Sequence, prompt_logits: torch.Tensor | None
+    ) -> list[tuple[int, RequestOutput]]:
+        request = sequence.request
+        if not request.sampling_params.echo:
+            return []
+        logprobs: tuple[TokenLogprob, ...] = ()
+        if prompt_logits is not None:
+            logprobs = self.sampler.prompt_logprobs(prompt_logits, sequence.sampling_state)
+        output = RequestOutput(
+            request_id=request.request_id,
+            index=sequence.index,
+            text=self.tokenizer.decode(request.prompt_token_ids),
+            token_ids=request.prompt_token_ids,
+            logprobs=logprobs,
+            is_prompt=True,
+        )
+        return [(self._request_of[sequence.sequence_id].key, output)]
+
+    def _advance(
+        self, sequence: Sequence, token_id: int, logprob: TokenLogprob | None, now_ns: int
+    ) -> tuple[int, RequestOutput]:
+        """Append a sampled token and say what it made certain."""
+        params = sequence.request.sampling_params
+        sequence.output_token_ids.append(token_id)
+        sequence.first_token_ns = sequence.first_token_ns or now_ns
+        sequence.last_token_ns = now_ns
+        text = ""
+        is_eos = token_id in self.spec.eos_token_ids and not params.ignore_eos
+        if is_eos or token_id in params.stop_token_ids:
+            sequence.finish_reason = FinishReason.STOP_TOKEN
+            sequence.stop_match = token_id
+        else:
+            text = sequence.detokenizer.push(token_id)
+            if sequence.detokenizer.stop_match is not None:
+                sequence.finish_reason = FinishReason.STOP_STRING
+                sequence.stop_match = sequence.detokenizer.stop_match
+            elif len(sequence.output_token_ids) >= params.max_new_tokens:
+                sequence.finish_reason = FinishReason.LENGTH
+        if sequence.finish_reason in (FinishReason.LENGTH, FinishReason.STOP_TOKEN):
+            # What was held back can no longer grow. The U+FFFD of an unfinished character may
+            # still complete a stop string that holds one.
+            text += sequence.detokenizer.flush()
+            if sequence.detokenizer.stop_match is not None:
+                sequence.finish_reason = FinishReason.STOP_STRING
+                sequence.stop_match = sequence.detokenizer.stop_match
+        return self._report(
+            sequence,
+            text=text,
+            token_ids=(token_id,),
+            logprobs=() if logprob is None else (logprob,),
+        )
+
+    def _report(
+        self,
+        sequence: Sequence,
+        *,
+        text: str = "",
+        token_ids: tuple[int, ...] = (),
+        logprobs: tuple[TokenLogprob, ...] = (),
+        error: Exception | None = None,
+    ) -> tuple[int, RequestOutput]:
+        """Make the output of a sequence, and close the sequence if it has a finish reason."""
+        state = self._request_of[sequence.sequence_id]
+        summary = None
+        if sequence.finish_reason is not None:
+            self._close(state, sequence)
+            if state.unfinished == 0:
+                summary = _summarize(state)
+        return state.key, RequestOutput(
+            request_id=state.request.request_id,
+            index=sequence.index,
+            text=text,
+            token_ids=token_ids,
+            logprobs=logprobs,
+            finish_reason=sequence.finish_reason,
+            summary=summary,
+            error=error,
+        )
+
+    def _close(self, state: _RequestState, sequence: Sequence) -> None:
+        self.scheduler.finish(sequence)
+        del self._request_of[sequence.sequence_id]
+        state.unfinished -= 1
+        if state.unfinished == 0:
+            del self._requests[state.key]
+        try:
+            self.backend.release(sequence)
+        except Exception:
+            # The caller's output is already made and must reach it.
+            logger.exception("backend failed to release sequence %d", sequence.sequence_id)
+
+    def _abort(
+        self,
+        sequences: list[Sequence] | tuple[Sequence, ...],
+        reason: FinishReason,
+        error: Exception | None = None,
+    ) -> list[tuple[int, RequestOutput]]:
+        outputs = []
+        for sequence in sequences:
+            if sequence.status is not SequenceStatus.FINISHED:
+                sequence.finish_reason = reason
+                outputs.append(
+                    self._report(sequence, text=sequence.detokenizer.flush(), error=error)
+                )
+        return outputs
+
+    def _expire_deadlines(self) -> list[tuple[int, RequestOutput]]:
+        outputs: list[tuple[int, RequestOutput]] = []
+        now_ns = time.monotonic_ns()
+        while self._deadlines and self._deadlines[0][0] <= now_ns:
+            _, key = heapq.heappop(self._deadlines)
+            outputs += self.cancel(key, FinishReason.DEADLINE)
+        return outputs
+
+    def _drop_stale_deadlines(self) -> None:
+        # Requests that finished in time leave their entries behind, perhaps hours from expiring.
+        if len(self._deadlines) > 64 + 2 * len(self._requests):
+            self._deadlines = [entry for entry in self._deadlines if entry[1] in self._requests]
+            heapq.heapify(self._deadlines)
+
+
+def refusal(request: Request, error: Exception) -> RequestOutput:
+    """The one output of a request that failed before it was queued; logs the error."""
+    sequence = SequenceSummary(index=0, finish_reason=FinishReason.ERROR, completion_tokens=0)
+    return RequestOutput(
+        request_id=request.request_id,
+        finish_reason=FinishReason.ERROR,
+        error=_log_failure(error, request.sampling_params.n),
+        summary=RequestSummary(
+            request_id=request.request_id,
+            prompt_tokens=len(request.prompt_token_ids),
+            completion_tokens=0,
+            timings=Timings(),
+            sequences=(sequence,),
+            seed=request.seed,
+        ),
+    )
+
+
+def _log_failure(error: Exception, num_sequences: int) -> EngineStepError:
+    error_id = uuid.uuid4().hex[:12]
+    logger.error(
+        "engine step failed, error id %s, %d sequences", error_id, num_sequences, exc_info=error
+    )
+    # A foreign exception's message stays in the log: it may hold what no caller should see.
+    detail = str(error) if isinstance(error, EngineError) else type(error).__name__
+    return EngineStepError(error_id, detail)
+
+
+def _summarize(state: _RequestState) -> RequestSummary:
+    request, sequences = state.request, state.sequences
+    now_ns = time.monotonic_ns()
+    first_step_ns = min((s.first_step_ns for s in sequences if s.first_step_ns), default=now_ns)
+    first_token_ns = min((s.first_token_ns for s in sequences if s.first_token_ns), default=0)
+    last_token_ns = max(s.last_token_ns for s in sequences)
+
+    def ms(start_ns: int, end_ns: int) -> float:
+        return max(0, end_ns - start_ns) / _NS_PER_MS
+
+    timings = Timings(
+        queue_ms=ms(request.arrival_ns, first_step_ns),
+        prefill_ms=ms(first_step_ns, first_token_ns) if first_token_ns else 0.0,
+        decode_ms=ms(first_token_ns, last_token_ns) if first_token_ns else 0.0,
+        ttft_ms=ms(request.arrival_ns, first_token_ns) if first_token_ns else 0.0,
+        e2e_ms=ms(request.arrival_ns, last_token_ns or now_ns),
+    )
+    return RequestSummary(
+        request_id=request.request_id,
+        prompt_tokens=len(request.prompt_token_ids),
+        completion_tokens=sum(len(s.output_token_ids) for s in sequences),
+        timings=timings,
+        sequences=tuple(
+            SequenceSummary(
+                index=s.index,
+                finish_reason=s.finish_reason or FinishReason.ERROR,
+                completion_tokens=len(s.output_token_ids),
+                stop_match=s.stop_match,
+            )
+            for s in sequences
+        ),
+        seed=request.seed,
+    )
