@@ -56,8 +56,6 @@ class Detokenizer:
         """
         if self._flushed:
             raise ValueError("push after flush: the text has already ended")
-        if self.stop_match is not None:
-            return ""
         return self._filter(self._text.push(token_id))
 
     def flush(self) -> str:
@@ -69,12 +67,8 @@ class Detokenizer:
         if self._flushed:
             return ""
         self._flushed = True
-        if self.stop_match is not None:
-            return ""
         text = self._filter(self._text.flush())
-        if self._matcher is not None and self._matcher.match is None:
-            text += self._matcher.flush()
-        return text
+        return text if self._matcher is None else text + self._matcher.flush()
 
     def _filter(self, text: str) -> str:
         return text if self._matcher is None else self._matcher.push(text)

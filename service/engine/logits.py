@@ -245,8 +245,8 @@ def keep_top_k(weights: torch.Tensor, top_k: Seq[int]) -> torch.Tensor:
 def keep_top_p(weights: torch.Tensor, top_p: Seq[float]) -> torch.Tensor:
     """Keep the smallest set of likeliest tokens that reaches `top_p` of the mass, at least one.
 
-    Of equally likely tokens at the edge the highest ids stay, as in transformers, which sorts
-    upwards. weights: [B, V] int64; top_p: B numbers. (Holtzman et al. 2020)
+    Of equally likely tokens at the edge the lowest ids stay; transformers keeps as many, but leaves
+    which ones to an unstable sort. weights: [B, V] int64; top_p: B numbers. (Holtzman et al. 2020)
     """
     ranked = _sorted(weights)
     summed = ranked.cumsum(-1)
@@ -254,11 +254,11 @@ def keep_top_p(weights: torch.Tensor, top_p: Seq[float]) -> torch.Tensor:
     target = (total.double() * _column(top_p, weights)).ceil_().to(torch.int64)
     dropped = torch.searchsorted(summed, total - target, right=True)
     edge = ranked.gather(1, dropped.clamp_(max=weights.shape[1] - 1))
-    tied_dropped = dropped - torch.searchsorted(ranked, edge)
-    if _is_cpu(weights) and not tied_dropped.any():  # elsewhere looking would cost a transfer
-        return weights * (weights >= edge)
+    if _is_cpu(weights) and torch.equal(dropped, torch.searchsorted(ranked, edge)):
+        return weights * (weights >= edge)  # no tie is cut; elsewhere looking costs a transfer
     tied = weights == edge
-    return weights * ((weights > edge) | (tied & (tied.cumsum(-1) > tied_dropped)))
+    tied_kept = torch.searchsorted(ranked, edge, right=True) - dropped
+    return weights * ((weights > edge) | (tied & (tied.cumsum(-1) <= tied_kept)))
 
 
 def keep_min_p(weights: torch.Tensor, min_p: Seq[float]) -> torch.Tensor:
@@ -297,10 +297,8 @@ def draw(weights: torch.Tensor, uniform: Seq[float]) -> torch.Tensor:
     weights: [B, V] int64, not all 0 in a row; uniform: B numbers in [0, 1).
     """
     summed = weights.cumsum(-1)
-    total = summed[:, -1:]
-    target = (total.double() * _column(uniform, weights)).to(torch.int64)
-    # The product may round up to the total; the last token that can be drawn is then meant.
-    target = torch.minimum(target, total - 1)
+    # With uniform <= 1 - 2**-53 the product is below the total, rounded as it may be.
+    target = (summed[:, -1:].double() * _column(uniform, weights)).to(torch.int64)
     return torch.searchsorted(summed, target, right=True).squeeze(1)
 
 

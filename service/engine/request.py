@@ -14,6 +14,7 @@ from types import MappingProxyType
 from gptjet.service.engine.errors import FieldViolation, InvalidRequestError
 
 MAX_STOP_STRINGS = 16
+MAX_STOP_STRING_LENGTH = 1024
 MAX_STOP_TOKEN_IDS = 64
 MAX_LOGPROBS = 20
 MAX_REQUEST_ID_LENGTH = 128
@@ -108,6 +109,10 @@ class SamplingParams:
         for position, text in enumerate(self.stop):
             if not text:
                 yield FieldViolation(f"{prefix}stop[{position}]", "must not be empty")
+            elif len(text) > MAX_STOP_STRING_LENGTH:
+                yield bad(
+                    f"stop[{position}]", f"at most {MAX_STOP_STRING_LENGTH} characters", len(text)
+                )
         if len(self.stop_token_ids) > MAX_STOP_TOKEN_IDS:
             yield bad(
                 "stop_token_ids", f"at most {MAX_STOP_TOKEN_IDS} ids", len(self.stop_token_ids)

@@ -51,6 +51,7 @@ def violated_fields(request: Request) -> list[str]:
         ({"n": 5}, "n"),
         ({"stop": ("x",) * 17}, "stop"),
         ({"stop": ("x", "")}, "stop[1]"),
+        ({"stop": ("x", "y" * 1025)}, "stop[1]"),
         ({"stop_token_ids": (100,)}, "stop_token_ids[0]"),
         ({"stop_token_ids": (1,) * 65}, "stop_token_ids"),
         ({"logprobs": 21}, "logprobs"),
