@@ -1,0 +1,140 @@
+"""The table of backends, and the one way to load one.
+
+Importing this imports no torch: `--help` and a client stay quick. A new backend is a loader
+function of the shape `(LoadOptions) -> LoadedModel` and one line in `BACKENDS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from gptjet.service.engine.errors import BackendLoadError
+
+if TYPE_CHECKING:
+    from gptjet.service.engine.backend import Backend
+    from gptjet.service.engine.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadOptions:
+    """What a loader is asked for.
+
+    model             "embedded", a folder, or a hub name
+    device, dtype     "auto" or a name that `backends.device` knows
+    allow_pickle      load weights that are pickles where there is nothing else
+    local_files_only  take a hub name from this machine's cache alone
+    max_sequences     most sequences that may hold a KV cache at once
+    kv_cache_tokens   tokens all sequences together may hold; None sizes it by free memory
+    progress          draw progress bars, where stderr is a terminal
+    strict_parity     refuse a fast path that differs from transformers, instead of falling back
+    """
+
+    model: str
+    device: str = "auto"
+    dtype: str = "auto"
+    allow_pickle: bool = False
+    local_files_only: bool | None = None
+    max_sequences: int = 64
+    kv_cache_tokens: int | None = None
+    progress: bool = True
+    strict_parity: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A backend and the tokenizer of its model."""
+
+    backend: Backend
+    tokenizer: Tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class BackendEntry:
+    """One line of the table: what `--help` says of a backend, and what loads it."""
+
+    description: str
+    load: Callable[[LoadOptions], LoadedModel]
+
+
+def _load_mock(options: LoadOptions) -> LoadedModel:
+    from gptjet.service.backends.mock import MockBackend
+    from gptjet.service.engine.tokenizer import ByteTokenizer
+
+    context = 512
+    tokens = options.kv_cache_tokens or options.max_sequences * context
+    backend = MockBackend(
+        max_context=context,
+        max_sequences=options.max_sequences,
+        num_kv_blocks=max(1, tokens // 16),
+    )
+    return LoadedModel(backend, ByteTokenizer())
+
+
+def _load_huggingface(options: LoadOptions) -> LoadedModel:
+    from gptjet.service.backends import huggingface
+
+    return huggingface.load(options)
+
+
+def _load_deepspeed(options: LoadOptions) -> LoadedModel:
+    from gptjet.service.backends.deepspeed import loader
+
+    return loader.load(options)
+
+
+BACKENDS: dict[str, BackendEntry] = {
+    "mock": BackendEntry(
+        "a toy with output known by hand, for tests; ignores the model", _load_mock
+    ),
+    "huggingface": BackendEntry(
+        "transformers' own model, eager, one sequence a step; any causal LM, CPU or GPU",
+        _load_huggingface,
+    ),
+    "deepspeed": BackendEntry(
+        "DeepSpeed's inference kernels injected, FP16 on a GPU, one sequence at a time; proven "
+        "against transformers at load",
+        _load_deepspeed,
+    ),
+}
+
+
+def load_backend(
+    name: str,
+    model: str,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    allow_pickle: bool = False,
+    local_files_only: bool | None = None,
+    max_sequences: int = 64,
+    kv_cache_tokens: int | None = None,
+    progress: bool = True,
+    strict_parity: bool = False,
+) -> LoadedModel:
+    """Load `model` into the backend called `name`; the arguments are those of LoadOptions.
+
+    Raises BackendLoadError, one line, for whatever is wrong with the name, the model, the machine
+    or a setting.
+    """
+    entry = BACKENDS.get(name)
+    if entry is None:
+        raise BackendLoadError(f"unknown backend {name!r}: there are {', '.join(BACKENDS)}")
+    if max_sequences < 1:
+        raise BackendLoadError(f"max_sequences must be 1 or more, got {max_sequences}")
+    if kv_cache_tokens is not None and kv_cache_tokens < 1:
+        raise BackendLoadError(f"kv_cache_tokens must be 1 or more, got {kv_cache_tokens}")
+    return entry.load(
+        LoadOptions(
+            model=model,
+            device=device,
+            dtype=dtype,
+            allow_pickle=allow_pickle,
+            local_files_only=local_files_only,
+            max_sequences=max_sequences,
+            kv_cache_tokens=kv_cache_tokens,
+            progress=progress,
+            strict_parity=strict_parity,
+        )
+    )
