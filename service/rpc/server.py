@@ -1,0 +1,277 @@
+"""The server's life: listen, load, serve, drain, exit."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import grpc
+from grpc_health.v1 import health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from gptjet.proto.v1 import text_generation_pb2_grpc as pb_grpc
+from gptjet.service.config import ServerConfig
+from gptjet.service.engine.async_engine import AsyncEngine
+from gptjet.service.engine.backend import Backend
+from gptjet.service.engine.errors import BackendLoadError
+from gptjet.service.engine.tokenizer import Tokenizer
+from gptjet.service.log import configure_logging, get_logger
+from gptjet.service.rpc import health, listen
+from gptjet.service.rpc.interceptors import RequestInterceptor
+from gptjet.service.rpc.listen import ListenError
+from gptjet.service.rpc.servicer import SERVICE_NAME, TextGenerationServicer
+from gptjet.service.rpc.text import TextCodec
+
+logger = get_logger(__name__)
+
+EXIT_OK, EXIT_FAILURE, EXIT_USAGE = 0, 1, 2
+
+# After the grace period: to send what is finished, and for the step that is running to end.
+_FLUSH_S = 1.0
+_STEP_S = 30.0
+_THREAD_PREFIX = "gptjet-"
+
+
+class LoadedModel(Protocol):
+    """What a loader gives; `gptjet.service.backends.factory` has one of these."""
+
+    @property
+    def backend(self) -> Backend:
+        """The model."""
+        ...
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Its tokenizer."""
+        ...
+
+
+# Given from outside, so that this room knows no backend. It may block and raise BackendLoadError.
+Loader = Callable[[ServerConfig], LoadedModel]
+
+
+class Server:
+    """A gRPC server of one model, without signals and exit codes: `start`, `attach`, `drain`.
+
+    Belongs to the event loop it is made in.
+    """
+
+    def __init__(self, config: ServerConfig) -> None:
+        self.config = config
+        self.port = 0
+        self.engine: AsyncEngine | None = None
+        self._codec: TextCodec | None = None
+        self._servicer = TextGenerationServicer(config)
+        self._health = health.HealthServicer(("", SERVICE_NAME))
+        self._rpcs = RequestInterceptor(SERVICE_NAME)
+        self._grpc: grpc.aio.Server | None = None
+        self._wrote_port_file = False
+
+    async def start(self) -> None:
+        """Listen. Health says NOT_SERVING and requests get UNAVAILABLE until `attach`.
+
+        Raises ListenError with one line if that cannot be.
+        """
+        server = grpc.aio.server(
+            interceptors=[self._rpcs], options=listen.channel_options(self.config)
+        )
+        pb_grpc.add_TextGenerationServicer_to_server(self._servicer, server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        if self.config.reflection:
+            reflection.enable_server_reflection(
+                (SERVICE_NAME, "grpc.health.v1.Health", reflection.SERVICE_NAME), server
+            )
+        self.port = listen.bind(server, self.config)
+        self._grpc = server
+        await server.start()
+        if self.config.port_file is not None:
+            listen.write_port_file(self.config.port_file, self.port)
+            self._wrote_port_file = True
+        logger.info(
+            "listening",
+            address=listen.address(self.config.host, self.port),
+            tls=self.config.tls_cert is not None,
+        )
+
+    async def attach(self, backend: Backend, tokenizer: Tokenizer) -> None:
+        """Warm a loaded model up and serve it. Raises what `Backend.warm_up` raises."""
+        engine = AsyncEngine(backend, tokenizer, self.config.engine)
+        # Walks the whole vocabulary.
+        codec = await asyncio.to_thread(
+            TextCodec, tokenizer, backend.spec.max_context, self.config.max_queue_size
+        )
+        await engine.start()
+        self.engine, self._codec = engine, codec
+        self._servicer.attach(engine, codec)
+        self._health.set_status(health.SERVING)
+
+    async def drain(self, grace_s: float | None = None) -> bool:
+        """Refuse new requests, let running ones finish within `grace_s`, then stop.
+
+        Returns False if a step of the backend did not end, so that its thread is still alive.
+        """
+        grace_s = self.config.grace_s if grace_s is None else grace_s
+        self._health.set_status(health.NOT_SERVING)
+        self._servicer.refuse("the server is draining: it takes no new requests")
+        ended = True
+        if self.engine is not None:
+            ended = await self._drain_engine(self.engine, grace_s)
+        if self._codec is not None:
+            self._codec.close()
+        if self._grpc is not None:
+            # Health watchers never end by themselves, so this waits for them in vain; and the
+            # statuses of requests that have just ended are still being sent.
+            await self._grpc.stop(_FLUSH_S)
+        if self._wrote_port_file and self.config.port_file is not None:
+            listen.remove_port_file(self.config.port_file)
+        return ended
+
+    async def _drain_engine(self, engine: AsyncEngine, grace_s: float) -> bool:
+        started = time.monotonic()
+        logger.info(
+            "draining", running=engine.num_running, waiting=engine.num_waiting, grace_s=grace_s
+        )
+        try:
+            async with asyncio.timeout(grace_s + _STEP_S):
+                finished = await engine.drain(grace_s)
+        except TimeoutError:
+            logger.error("a step of the backend does not end", waited_s=grace_s + _STEP_S)
+            return False
+        # What the engine has finished, slow readers may still be reading.
+        left_s = max(grace_s - (time.monotonic() - started), _FLUSH_S)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._rpcs.idle.wait(), left_s)
+        await engine.stop()
+        logger.info("drained", all_finished=finished)
+        return True
+
+
+async def serve(config: ServerConfig, *, loader: Loader) -> int:
+    """Run a server until SIGTERM or SIGINT and return the process's exit code.
+
+    0: drained. 1: a bug. 2: the model, the port or a file does not allow it; one line was logged.
+    A second signal ends the process at once. Needs the main thread, for the signals.
+    """
+    configure_logging(config.log_level, config.log_format)
+    stop = _stop_on_signals()
+    server = Server(config)
+    try:
+        await server.start()
+    except ListenError as error:
+        await server.drain(0.0)
+        return _give_up(str(error))
+    bringing_up = asyncio.create_task(_bring_up(server, loader))
+    stopping = asyncio.create_task(stop.wait())
+    await asyncio.wait({bringing_up, stopping}, return_when=asyncio.FIRST_COMPLETED)
+    code = EXIT_OK
+    if bringing_up.done():
+        code = bringing_up.result()
+        if code == EXIT_OK:
+            await stopping
+    bringing_up.cancel()
+    stopping.cancel()
+    await asyncio.gather(bringing_up, stopping, return_exceptions=True)
+    if not await server.drain():
+        code = EXIT_FAILURE
+    logger.info("stopped", exit_code=code)
+    return code
+
+
+def run(config: ServerConfig, *, loader: Loader) -> int:
+    """`serve` for a process of its own: returns the exit code, or exits with it.
+
+    It exits by itself where a thread is still inside the backend, loading or in a step that does
+    not end: the interpreter cannot be shut down under it without crashing.
+    """
+    code = asyncio.run(serve(config, loader=loader))
+    if any(
+        thread.daemon and thread.name.startswith(_THREAD_PREFIX) for thread in threading.enumerate()
+    ):
+        _exit_now(code)
+    return code
+
+
+async def _bring_up(server: Server, loader: Loader) -> int:
+    """Load and warm up; the exit code if that fails, else EXIT_OK with the server serving."""
+    config = server.config
+    started = time.monotonic()
+    logger.info("loading", model=config.model, backend=config.backend)
+    try:
+        loaded = await _in_daemon_thread(lambda: loader(config), _THREAD_PREFIX + "loader")
+        await server.attach(loaded.backend, loaded.tokenizer)
+    except BackendLoadError as error:
+        return _give_up(str(error))
+    except Exception as error:
+        logger.error("loading failed", exc_info=error)
+        return EXIT_FAILURE
+    spec = loaded.backend.spec
+    logger.info(
+        "serving",
+        model=config.model,
+        backend=spec.name,
+        device=spec.device,
+        dtype=spec.dtype,
+        max_context=spec.max_context,
+        load_s=round(time.monotonic() - started, 2),
+    )
+    return EXIT_OK
+
+
+async def _in_daemon_thread(function: Callable[[], Any], name: str) -> Any:
+    """Run a function in a thread that, unlike a pool's, does not hold up the end of the process."""
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[Any] = loop.create_future()
+
+    def settle(result: Any, error: BaseException | None) -> None:
+        if future.done():  # nobody waits any more
+            return
+        if error is not None:
+            future.set_exception(error)
+        else:
+            future.set_result(result)
+
+    def run_function() -> None:
+        result, error = None, None
+        try:
+            result = function()
+        except BaseException as raised:  # noqa: BLE001 - raised again where it is awaited
+            error = raised
+        with contextlib.suppress(RuntimeError):  # the loop has closed
+            loop.call_soon_threadsafe(settle, result, error)
+
+    threading.Thread(target=run_function, name=name, daemon=True).start()
+    return await future
+
+
+def _stop_on_signals() -> asyncio.Event:
+    stop = asyncio.Event()
+
+    def on_signal(number: int) -> None:
+        if stop.is_set():
+            _exit_now(128 + number)
+        logger.info("signal received", signal=signal.Signals(number).name)
+        stop.set()
+
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, on_signal, number)
+    return stop
+
+
+def _exit_now(code: int) -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _give_up(reason: str) -> int:
+    """One line for a person, whatever a message looks like."""
+    logger.error("cannot serve: " + " ".join(reason.split()))
+    return EXIT_USAGE

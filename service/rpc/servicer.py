@@ -1,0 +1,205 @@
+"""gptjet.v1.TextGeneration on top of an AsyncEngine.
+
+It converts, tokenizes and passes on; what the model allows is the engine's to check. Errors are
+raised as the engine's own and become statuses in the interceptor.
+"""
+
+from __future__ import annotations
+
+from importlib import metadata
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from gptjet.proto.v1 import text_generation_pb2 as pb
+from gptjet.proto.v1 import text_generation_pb2_grpc as pb_grpc
+from gptjet.service.config import ServerConfig
+from gptjet.service.engine.async_engine import AsyncEngine, RequestStream
+from gptjet.service.engine.errors import (
+    EngineUnavailableError,
+    FieldViolation,
+    InvalidRequestError,
+)
+from gptjet.service.engine.request import FinishReason, RequestOutput, new_request
+from gptjet.service.rpc import convert
+from gptjet.service.rpc.interceptors import RequestRecord, current_record
+from gptjet.service.rpc.status import DeadlineExceededError
+from gptjet.service.rpc.text import TextCodec
+
+if TYPE_CHECKING:
+    import grpc
+
+SERVICE_NAME: str = pb.DESCRIPTOR.services_by_name["TextGeneration"].full_name
+
+_LOADING_RETRY_S = 2.0
+_DRAINING_RETRY_S = 1.0
+# gRPC's class is generic in its stub only.
+_Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
+
+
+class TextGenerationServicer(pb_grpc.TextGenerationServicer):
+    """Refuses with UNAVAILABLE until `attach` and from `refuse` on; GetModel always answers."""
+
+    def __init__(self, config: ServerConfig) -> None:
+        self._config = config
+        self._version = _server_version()
+        self._engine: AsyncEngine | None = None
+        self._codec: TextCodec | None = None
+        self._refusal: tuple[str, float] | None = ("the model is loading", _LOADING_RETRY_S)
+
+    def attach(self, engine: AsyncEngine, codec: TextCodec) -> None:
+        """Serve requests with a started engine."""
+        self._engine, self._codec, self._refusal = engine, codec, None
+
+    def refuse(self, reason: str) -> None:
+        """Answer every new request with UNAVAILABLE."""
+        self._refusal = (reason, _DRAINING_RETRY_S)
+
+    async def Generate(  # noqa: N802 - the names are gRPC's
+        self, request: pb.GenerateRequest, _context: _Context
+    ) -> pb.GenerateResponse:
+        """One answer at the end."""
+        stream = await self._submit(request)
+        response = pb.GenerateResponse()
+        texts: list[list[str]] = []
+        for index in range(stream.request.sampling_params.n):
+            response.sequences.add(index=index)
+            texts.append([])
+        record = current_record()
+        try:
+            async for output in stream:
+                _observe(output, record)
+                convert.append_output(response.sequences[output.index], texts[output.index], output)
+                if output.summary is not None:
+                    response.summary.CopyFrom(convert.summary_to_pb(output.summary))
+        finally:
+            _leave(stream, record)
+        for sequence, parts in zip(response.sequences, texts, strict=True):
+            sequence.text = "".join(parts)
+        return response
+
+    # A coroutine that writes instead of the generator that the base class has: see interceptors.
+    async def GenerateStream(  # type: ignore[override]  # noqa: N802
+        self, request: pb.GenerateStreamRequest, context: _Context
+    ) -> None:
+        """One message a step and sequence, then the summary."""
+        stream = await self._submit(request)
+        record = current_record()
+        try:
+            async for output in stream:
+                _observe(output, record)
+                if output.text or output.token_ids:
+                    chunk = convert.chunk_to_pb(output)
+                    await context.write(pb.GenerateStreamResponse(chunk=chunk))
+                if output.summary is not None:
+                    summary = convert.summary_to_pb(output.summary)
+                    await context.write(pb.GenerateStreamResponse(summary=summary))
+        finally:
+            _leave(stream, record)
+
+    async def Tokenize(  # noqa: N802
+        self, request: pb.TokenizeRequest, _context: _Context
+    ) -> pb.TokenizeResponse:
+        """Text to ids."""
+        _, codec = self._ready()
+        ids, pieces = await codec.tokenize(request.text)
+        return pb.TokenizeResponse(ids=ids, pieces=pieces)
+
+    async def Detokenize(  # noqa: N802
+        self, request: pb.DetokenizeRequest, _context: _Context
+    ) -> pb.DetokenizeResponse:
+        """Ids to text."""
+        engine, codec = self._ready()
+        text = await codec.detokenize(request.ids, engine.spec.vocab_size)
+        return pb.DetokenizeResponse(text=text)
+
+    async def GetModel(  # noqa: N802
+        self, _request: pb.GetModelRequest, _context: _Context
+    ) -> pb.GetModelResponse:
+        """What is served; while the model loads, what was asked for and the server's limits."""
+        config = self._config
+        if self._engine is None:
+            response = pb.GetModelResponse(backend=config.backend)
+        else:
+            response = convert.spec_to_pb(self._engine.spec)
+            response.max_sequences = min(response.max_sequences, config.max_sequences)
+        response.name = config.model
+        response.max_queue_size = config.max_queue_size
+        response.max_n = config.max_n
+        response.server_version = self._version
+        return response
+
+    def _ready(self) -> tuple[AsyncEngine, TextCodec]:
+        if self._refusal is not None:
+            raise EngineUnavailableError(*self._refusal)
+        assert self._engine is not None
+        assert self._codec is not None
+        return self._engine, self._codec
+
+    async def _submit(self, message: convert.GenerateMessage) -> RequestStream:
+        """Queue the request a message describes."""
+        record = current_record()
+        record.request_id = message.request_id or None
+        engine, codec = self._ready()
+        params = convert.sampling_params_from_pb(message.sampling_params)
+        if self._config.log_prompts:
+            record.prompt = message.text or str(list(message.token_ids.ids))
+        prompt_token_ids = await self._prompt_token_ids(message, engine, codec)
+        record.prompt_tokens = len(prompt_token_ids)
+        request = new_request(
+            prompt_token_ids,
+            params,
+            request_id=message.request_id,
+            arrival_ns=record.started_ns,
+            deadline_ns=record.deadline_ns,
+        )
+        record.request_id = request.request_id
+        stream = engine.submit(request)
+        record.output_tokens = 0
+        return stream
+
+    async def _prompt_token_ids(
+        self, message: convert.GenerateMessage, engine: AsyncEngine, codec: TextCodec
+    ) -> tuple[int, ...]:
+        if message.WhichOneof("prompt") != "token_ids":
+            return await codec.encode_prompt(message.text)
+        ids = message.token_ids.ids
+        max_context = engine.spec.max_context
+        if len(ids) > max_context:  # before a million ids are copied
+            raise InvalidRequestError(
+                FieldViolation(
+                    "prompt",
+                    f"must leave room for one token in the context of {max_context}, "
+                    f"got {len(ids)} tokens",
+                )
+            )
+        return tuple(ids)
+
+
+def _observe(output: RequestOutput, record: RequestRecord) -> None:
+    """Note what came, and raise where it is the end of an RPC that did not finish."""
+    if not output.is_prompt:
+        record.output_tokens = (record.output_tokens or 0) + len(output.token_ids)
+    if output.summary is not None:
+        record.summary = output.summary
+        record.finish_reason = output.summary.finish_reason
+    if output.finish_reason in (FinishReason.ERROR, FinishReason.DEADLINE, FinishReason.CANCELLED):
+        record.finish_reason = output.finish_reason
+    if output.error is not None:
+        raise output.error
+    if output.finish_reason is FinishReason.DEADLINE:
+        raise DeadlineExceededError
+    if output.finish_reason is FinishReason.CANCELLED:
+        # The caller did not do it, else this task would have been cancelled: the grace is over.
+        raise EngineUnavailableError("the server stopped before the request was finished")
+
+
+def _leave(stream: RequestStream, record: RequestRecord) -> None:
+    """Take an unfinished request out of the engine; nothing happens to a finished one."""
+    if record.summary is None:
+        stream.cancel(record.leave())
+
+
+def _server_version() -> str:
+    try:
+        return metadata.version("gptjet")
+    except metadata.PackageNotFoundError:  # run from the tree, not installed
+        return "unknown"

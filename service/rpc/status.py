@@ -1,0 +1,126 @@
+"""The one table from our errors to gRPC statuses with google.rpc details; nothing else maps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import grpc
+from google.protobuf import any_pb2, duration_pb2
+from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-untyped]
+
+from gptjet.service.engine.errors import (
+    BackendLoadError,
+    EngineError,
+    EngineStepError,
+    EngineUnavailableError,
+    InvalidRequestError,
+    QueueFullError,
+)
+
+if TYPE_CHECKING:
+    from google.protobuf.message import Message
+
+# A status travels in HTTP/2 trailers, of which peers accept 8 KiB: what a caller can make longer
+# by sending more bad fields has to be cut here, or the reply itself is refused.
+MAX_VIOLATIONS = 16
+MAX_FIELD_CHARACTERS = 64
+MAX_DESCRIPTION_CHARACTERS = 160
+MAX_MESSAGE_CHARACTERS = 512
+
+DETAILS_KEY = "grpc-status-details-bin"
+# gRPC's own retries wait this long instead of their backoff.
+PUSHBACK_KEY = "grpc-retry-pushback-ms"
+
+
+class DeadlineExceededError(EngineError):
+    """The caller's deadline passed before the request was finished."""
+
+    def __init__(self) -> None:
+        super().__init__("the deadline passed before the request was finished")
+
+
+class InternalError(EngineError):
+    """A bug of ours; the traceback is in the log beside `error_id`."""
+
+    def __init__(self, error_id: str) -> None:
+        super().__init__(f"internal error; the server's log has it under error id {error_id}")
+        self.error_id = error_id
+
+
+@dataclass(frozen=True, slots=True)
+class RpcStatus:
+    """What a failed RPC ends with."""
+
+    code: grpc.StatusCode
+    message: str
+    details: tuple[Message, ...] = ()
+    retry_after_s: float | None = field(default=None)
+
+    def trailing_metadata(self) -> tuple[tuple[str, str | bytes], ...]:
+        """The google.rpc.Status as gRPC carries it, and the retry time for gRPC's own retries."""
+        metadata: list[tuple[str, str | bytes]] = []
+        if self.details:
+            status = status_pb2.Status(code=self.code.value[0], message=self.message)
+            for detail in self.details:
+                packed = any_pb2.Any()
+                packed.Pack(detail)
+                status.details.append(packed)
+            metadata.append((DETAILS_KEY, status.SerializeToString()))
+        if self.retry_after_s is not None:
+            metadata.append((PUSHBACK_KEY, str(round(self.retry_after_s * 1000))))
+        return tuple(metadata)
+
+
+def _cut(text: str, limit: int) -> str:
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def _invalid(error: EngineError) -> Sequence[Message]:
+    assert isinstance(error, InvalidRequestError)
+    bad_request = error_details_pb2.BadRequest()
+    for violation in error.violations[:MAX_VIOLATIONS]:
+        bad_request.field_violations.add(
+            field=_cut(violation.field, MAX_FIELD_CHARACTERS),
+            description=_cut(violation.description, MAX_DESCRIPTION_CHARACTERS),
+        )
+    return (bad_request,)
+
+
+def _retry_after(error: EngineError) -> Sequence[Message]:
+    assert isinstance(error, QueueFullError | EngineUnavailableError)
+    delay = duration_pb2.Duration()
+    delay.FromMilliseconds(round(error.retry_after_s * 1000))
+    return (error_details_pb2.RetryInfo(retry_delay=delay),)
+
+
+def _none(_error: EngineError) -> Sequence[Message]:
+    return ()
+
+
+_TABLE: dict[type, tuple[grpc.StatusCode, Callable[[EngineError], Sequence[Message]]]] = {
+    InvalidRequestError: (grpc.StatusCode.INVALID_ARGUMENT, _invalid),
+    QueueFullError: (grpc.StatusCode.RESOURCE_EXHAUSTED, _retry_after),
+    EngineUnavailableError: (grpc.StatusCode.UNAVAILABLE, _retry_after),
+    DeadlineExceededError: (grpc.StatusCode.DEADLINE_EXCEEDED, _none),
+    EngineStepError: (grpc.StatusCode.INTERNAL, _none),
+    InternalError: (grpc.StatusCode.INTERNAL, _none),
+    # `serve` stops on this one before any RPC can see it.
+    BackendLoadError: (grpc.StatusCode.FAILED_PRECONDITION, _none),
+}
+
+
+def to_status(error: Exception) -> RpcStatus | None:
+    """The gRPC status of an error of ours; None for what is not in the table, and so a bug."""
+    for cls in type(error).__mro__:
+        if cls in _TABLE:
+            assert isinstance(error, EngineError)
+            code, details = _TABLE[cls]
+            return RpcStatus(
+                code=code,
+                message=_cut(str(error), MAX_MESSAGE_CHARACTERS),
+                details=tuple(details(error)),
+                retry_after_s=getattr(error, "retry_after_s", None),
+            )
+    return None

@@ -1,0 +1,58 @@
+"""The table from our errors to gRPC statuses."""
+
+from __future__ import annotations
+
+import grpc
+import pytest
+from google.rpc import error_details_pb2  # type: ignore[import-untyped]
+
+from gptjet.service.engine import errors
+from gptjet.service.engine.errors import FieldViolation
+from gptjet.service.rpc import status
+from gptjet.service.rpc.status import to_status
+
+EXAMPLES = [
+    (errors.InvalidRequestError(FieldViolation("a", "b")), grpc.StatusCode.INVALID_ARGUMENT),
+    (errors.QueueFullError(3, 1.5), grpc.StatusCode.RESOURCE_EXHAUSTED),
+    (errors.EngineUnavailableError("loading"), grpc.StatusCode.UNAVAILABLE),
+    (errors.EngineStepError("id", "x"), grpc.StatusCode.INTERNAL),
+    (errors.BackendLoadError("x"), grpc.StatusCode.FAILED_PRECONDITION),
+    (status.DeadlineExceededError(), grpc.StatusCode.DEADLINE_EXCEEDED),
+    (status.InternalError("id"), grpc.StatusCode.INTERNAL),
+]
+
+
+@pytest.mark.parametrize(("error", "code"), EXAMPLES)
+def test_code_and_message(error: errors.EngineError, code: grpc.StatusCode) -> None:
+    result = to_status(error)
+    assert result is not None
+    assert result.code is code
+    assert result.message == str(error)
+
+
+def test_every_error_a_caller_can_meet_has_a_row() -> None:
+    modules = (errors.__name__, status.__name__)
+    ours = {cls for cls in errors.EngineError.__subclasses__() if cls.__module__ in modules}
+    assert ours == {type(error) for error, _ in EXAMPLES}
+
+
+def test_error_of_another_kind_is_a_bug_rather_than_guessed() -> None:
+    assert to_status(errors.EngineError("bare")) is None
+    assert to_status(KeyError("x")) is None
+
+
+def test_retry_time_stands_in_the_details_and_in_grpcs_own_key() -> None:
+    result = to_status(errors.QueueFullError(3, 1.5))
+    assert result is not None
+    (detail,) = result.details
+    assert isinstance(detail, error_details_pb2.RetryInfo)
+    assert detail.retry_delay.ToMilliseconds() == 1500
+    assert dict(result.trailing_metadata())["grpc-retry-pushback-ms"] == "1500"
+
+
+def test_longest_status_fits_the_eight_kibibytes_that_peers_accept() -> None:
+    many = (FieldViolation("f" * 999, "d" * 999) for _ in range(999))
+    result = to_status(errors.InvalidRequestError(*many))
+    assert result is not None
+    carried = sum(len(value) * 4 / 3 for _, value in result.trailing_metadata())
+    assert carried + len(result.message) < 8000
