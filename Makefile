@@ -150,7 +150,7 @@ $(BUF): $(BUF_DIR)/package.json $(BUF_DIR)/package-lock.json
 # ---- evidence from a GPU ------------------------------------------------------------------------
 
 # The system's Python and no network: PyTorch and transformers are enough. WHEELS is a folder with
-# what else is wanted: DeepSpeed with its op prebuilt, and what it imports (hjson, pydantic,
+# what else is wanted: DeepSpeed with its op prebuilt, and what it imports (hjson, einops, pydantic,
 # pydantic-core, annotated-types, typing-inspection, msgpack, py-cpuinfo, psutil).
 EVIDENCE_PYTHON ?= python3
 WHEELS ?=

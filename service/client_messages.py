@@ -105,9 +105,7 @@ def _fill_sampling_params(
             _assign(
                 violations,
                 path,
-                lambda n=name, f=field, v=value: setattr(
-                    message, n, _scalar(f, v)
-                ),
+                lambda n=name, f=field, v=value: setattr(message, n, _scalar(f, v)),
             )
 
 

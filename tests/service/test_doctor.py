@@ -1,0 +1,76 @@
+"""`gptjet doctor`: what it concludes and how it says it."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from gptjet.service import doctor
+from gptjet.service.backends.deepspeed.op_build import Obstacle, OpReport, OpState
+from gptjet.service.commands import doctor as command
+from gptjet.service.doctor import Check, Diagnosis, Health
+
+CARD = Check("gpu", Health.OK, "Tesla T4, sm_75")
+NO_CARD = Check("gpu", Health.WARNING, "PyTorch sees no NVIDIA GPU")
+
+
+@pytest.fixture
+def app() -> typer.Typer:
+    app = typer.Typer()
+    app.command(name="doctor", help=command.HELP, epilog=command.EXAMPLES)(command.doctor)
+    return app
+
+
+@pytest.mark.parametrize(
+    ("state", "gpu", "health"),
+    [
+        (OpState.PREBUILT, CARD, Health.OK),
+        (OpState.JIT, CARD, Health.WARNING),
+        (OpState.IMPOSSIBLE, CARD, Health.FAILED),
+        (OpState.PREBUILT, NO_CARD, Health.FAILED),
+    ],
+)
+def test_deepspeed_needs_its_op_and_a_card(state: OpState, gpu: Check, health: Health) -> None:
+    obstacles = (Obstacle("no C++ compiler", "apt-get install -y g++"),)
+    report = OpReport(state, ("fact",), obstacles if state is OpState.IMPOSSIBLE else ())
+    check = doctor.check_deepspeed(report, gpu)
+    assert check.health is health
+    if state is OpState.IMPOSSIBLE:
+        assert check.mend == ("apt-get install -y g++  # no C++ compiler",)
+
+
+def test_report_names_versions_the_op_the_mending_command_and_what_runs(
+    app: typer.Typer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failed = Check("deepspeed", Health.FAILED, "cannot be had", ("nvcc 11.8",), ("apt-get x",))
+    monkeypatch.setattr(
+        doctor, "examine", lambda: Diagnosis((doctor.check_packages(), failed), ("huggingface",))
+    )
+    result = CliRunner().invoke(app, [])
+    assert result.exit_code == 0  # the doctor did its work; the patient is another matter
+    assert "torch 2." in result.output
+    assert "failed   deepspeed: cannot be had" in result.output
+    assert "mend:  apt-get x" in result.output
+    assert "backends that run here: huggingface" in result.output
+    parsed = json.loads(CliRunner().invoke(app, ["--json"]).output)
+    assert parsed["checks"][1]["mend"] == ["apt-get x"]
+    assert parsed["backends"] == ["huggingface"]
+
+
+def test_machine_without_a_gpu_is_examined_as_it_is(app: typer.Typer) -> None:
+    parsed = json.loads(CliRunner().invoke(app, ["--json"]).output)
+    assert [check["name"] for check in parsed["checks"]] == ["packages", "host", "gpu", "deepspeed"]
+
+
+def test_model_that_cannot_be_compared_here_is_a_usage_error(
+    app: typer.Typer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    result = CliRunner().invoke(app, ["--model", "embedded"])
+    assert result.exit_code == 2
+    assert "--backend huggingface" in result.output
