@@ -120,6 +120,7 @@ def _run(options: argparse.Namespace, folder: Path, log: Path) -> None:
                 "A review, continued",
                 review.beginning,
                 max_new_tokens=60,
+                min_new_tokens=24,  # the model likes to end a sentence early; this is to be watched
                 temperature=0.8,
                 seed=7,
             )
