@@ -53,6 +53,14 @@ test: $(DEV) $(PACKAGE) ## Run every test; ARGS="-k name" narrows it.
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} \
 		$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup $(ARGS)
 
+# Alone on the machine: no -n, which would time two benchmarks against each other. Figures go to
+# build/bench.json.
+.PHONY: bench
+bench: $(DEV) $(PACKAGE) ## Micro-benchmarks of the engine; ARGS="-k sample" narrows it.
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -p benchmark tests/perf \
+		-o python_files='bench_*.py' -o python_functions='bench_*' \
+		--benchmark-only --benchmark-json=build/bench.json $(ARGS)
+
 # ---- checks -------------------------------------------------------------------------------------
 
 .PHONY: lint

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -10,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 if TYPE_CHECKING:
+    from types import FrameType
+
     from gptjet.benchmarks.config import SweepConfig
     from gptjet.benchmarks.sweep import SweepOptions
     from gptjet.benchmarks.sweep_plan import Outcome
@@ -197,6 +200,35 @@ def report(
         typer.echo(file)
 
 
+class _Signals:
+    """Ctrl-C and SIGTERM end a session after the run in progress, a second one at once.
+
+    An exception out of a signal handler may come in the middle of a gRPC call, which can then hang
+    on a lock that it left held; between two runs there is nothing to break.
+    """
+
+    _NUMBERS = (signal.SIGINT, signal.SIGTERM)
+
+    def __init__(self) -> None:
+        self.stop_asked = False
+        self._previous: list[Any] = []
+
+    def __enter__(self) -> _Signals:
+        self._previous = [signal.signal(number, self._on_signal) for number in self._NUMBERS]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in zip(self._NUMBERS, self._previous, strict=True):
+            signal.signal(number, handler)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self.stop_asked:
+            signal.default_int_handler(number, frame)
+        self.stop_asked = True
+        # Not through rich: the interrupted code may be writing through it.
+        os.write(2, b"\nstopping after the run in progress; once more to stop at once\n")
+
+
 def _run(
     configs: list[SweepConfig], options: SweepOptions, path: Path, environment: dict[str, Any]
 ) -> list[Outcome]:
@@ -204,13 +236,15 @@ def _run(
     from gptjet.benchmarks.results import ResultsWriter
     from gptjet.benchmarks.sweep import run_sweep
 
-    # SIGTERM as Ctrl-C: servers are stopped and the file says that the session was interrupted.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     outcomes: list[Outcome] = []
     try:
-        with ResultsWriter(path) as writer, SweepProgress() as progress:
+        with ResultsWriter(path) as writer, SweepProgress() as progress, _Signals() as signals:
             for config in configs:
-                outcomes.append(run_sweep(config, options, writer, environment, progress))
+                outcomes.append(
+                    run_sweep(
+                        config, options, writer, environment, progress, lambda: signals.stop_asked
+                    )
+                )
     except KeyboardInterrupt:
         typer.echo(f"interrupted; {path} holds what was made: the same command goes on", err=True)
         raise typer.Exit(_INTERRUPTED) from None

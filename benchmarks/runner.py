@@ -42,6 +42,7 @@ class Runner:
 
     earlier            what the file holds already
     measure_bandwidth  called once, before the first server runs, if there is a run to make
+    stop_asked         looked at between two runs; true ends the session with KeyboardInterrupt
     """
 
     plan: SweepPlan
@@ -51,6 +52,7 @@ class Runner:
     observer: Observer
     environment: Mapping[str, Any]
     measure_bandwidth: Callable[[], Mapping[str, Any] | None] = lambda: None
+    stop_asked: Callable[[], bool] = lambda: False
     session: str = field(default_factory=lambda: secrets.token_hex(8))
     outcome: Outcome = field(default_factory=Outcome)
     _open: dict[LevelName, Connection] = field(default_factory=dict)
@@ -137,6 +139,8 @@ class Runner:
             self._make_run(block, position, run)
 
     def _make_run(self, block: Block, position: int, run: Run) -> None:
+        if self.stop_asked():
+            raise KeyboardInterrupt
         level = run.cell.level
         if level not in self._open and level not in self._given_up:
             self._bring_up(level)  # it fell over in an earlier run

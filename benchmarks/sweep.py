@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -132,10 +132,11 @@ def run_sweep(
     writer: ResultsWriter,
     environment: Mapping[str, Any],
     progress: SweepProgress,
+    stop_asked: Callable[[], bool] = lambda: False,
 ) -> Outcome:
     """Make the runs of one configuration that the file does not hold yet.
 
-    Raises ConfigError, GeometryError, ResultsError.
+    Raises ConfigError, GeometryError, ResultsError, and KeyboardInterrupt once `stop_asked`.
     """
     levels = config.design.choose_levels(options.backends, options.weight_types)
     wrong = mismatch(config.hardware, environment)
@@ -187,6 +188,7 @@ def run_sweep(
             observer=progress,
             environment=environment,
             measure_bandwidth=lambda: _bandwidth(config, options, geometry, bool(wrong), progress),
+            stop_asked=stop_asked,
         )
         return runner.run()
 

@@ -47,6 +47,11 @@ COMMANDS = (
         "sweep",
         "Replay the published latency experiment: backends x weight types x lengths.",
     ),
+    CommandEntry(
+        "Benchmarks",
+        "load",
+        "Put open- or closed-loop load on a server, and say what users of it would see.",
+    ),
 )
 
 _HELP = """Serve GPT-J-class language models over gRPC, token by token.
