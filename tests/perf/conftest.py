@@ -14,10 +14,18 @@ import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+
+class _NodeId:
+    """Reads as the item's nodeid, and can be set like any attribute, which xdist does."""
+
+    def __get__(self, item: pytest.Item | None, _owner: type) -> object:
+        return self if item is None else item.nodeid
+
+
 # pytest-benchmark 5.2 reads a field that pytest 9.2 no longer has; 5.3 would replace the py-cpuinfo
 # that DeepSpeed needs.
 if not hasattr(pytest.Function, "_nodeid"):
-    pytest.Function._nodeid = property(lambda self: self.nodeid)  # type: ignore[attr-defined]
+    pytest.Function._nodeid = _NodeId()  # type: ignore[attr-defined]
 
 
 @pytest.fixture
