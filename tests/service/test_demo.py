@@ -111,7 +111,10 @@ def test_interrupted_it_stops_its_server(tmp_path: Path, number: signal.Signals)
             time.sleep(0.01)
         process.send_signal(number)
         shown, _ = process.communicate(timeout=60)
-    assert process.returncode == 130, shown
+    # As a shell counts. Python ends itself by SIGINT, rather than with the code it was given, when
+    # the interrupt once came in the middle of an exec(), as dataclasses use in an import.
+    code = process.returncode
+    assert (code if code >= 0 else 128 - code) == 130, shown
     assert "interrupted" in shown
     assert servers_of(tmp_path) == []
 
