@@ -41,6 +41,7 @@ _LOG_TAIL_LINES = 20
 _PROMPT_WORDS = 12
 _REVIEW_SOURCES = ("movie", "amazon")
 _CLEAR_RATING = 2.0  # of 4
+_SIGNALS = (signal.SIGTERM, signal.SIGHUP)  # treated as Ctrl-C
 
 console = Console(highlight=False, soft_wrap=True)
 
@@ -65,7 +66,7 @@ class Review:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the demo and return its exit code: 0, 1 on a failure, 130 if interrupted."""
     options = _parse(arguments)
-    for number in (signal.SIGTERM, signal.SIGHUP):
+    for number in _SIGNALS:
         signal.signal(number, _interrupt)
     with tempfile.TemporaryDirectory(prefix="gptjet-demo-") as folder:
         log = Path(folder, "server.log")
@@ -148,23 +149,44 @@ def _heldout_review() -> Review:
 
 
 @contextlib.contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """A signal that comes inside the block interrupts at its end. For the main thread."""
+    held: list[int] = []
+
+    def hold(number: int, _frame: FrameType | None) -> None:
+        held.append(number)
+
+    previous = {number: signal.signal(number, hold) for number in (signal.SIGINT, *_SIGNALS)}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    if held:
+        raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
 def _server(command: Sequence[str], log_file: TextIO) -> Iterator[subprocess.Popen[bytes]]:
     """The server's process; it has ended when the block is left, however that happens."""
     # Settings in the caller's environment are for the caller's own server.
     environment = {k: v for k, v in os.environ.items() if not k.startswith("GPTJET_")}
-    server = subprocess.Popen(
-        command,
-        stdin=subprocess.DEVNULL,
-        stdout=log_file,
-        stderr=subprocess.STDOUT,
-        env=environment,
-        # Ctrl-C goes to a terminal's whole process group: only the demo is to hear it.
-        start_new_session=True,
-    )
+    server: subprocess.Popen[bytes] | None = None
     try:
+        # Interrupted in between, there would be a process and nobody who knows of it.
+        with _interrupts_held():
+            server = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log_file,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                # Ctrl-C goes to a terminal's whole process group: only the demo is to hear it.
+                start_new_session=True,
+            )
         yield server
     finally:
-        if server.poll() is None:
+        if server is not None and server.poll() is None:
             server.terminate()
             try:
                 server.wait(timeout=5)

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from gptjet.service import embedded
-from gptjet.service.demo import _heldout_review
+from gptjet.service.demo import _heldout_review, _interrupts_held
 
 REVIEW = "This was a wonderful film, I laughed and cried and would gladly see it again, at once."
 COMMAND = [sys.executable, "-m", "gptjet.service.demo"]
@@ -100,6 +100,17 @@ def test_a_server_that_does_not_start_is_shown_with_its_log(tmp_path: Path) -> N
     assert "unknown backend 'nope'" in shown
     assert "Traceback" not in shown
     assert servers_of(tmp_path) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_an_interrupt_waits_until_the_started_server_is_known(number: signal.Signals) -> None:
+    before = signal.getsignal(number)
+    known = False
+    with pytest.raises(KeyboardInterrupt), _interrupts_held():
+        signal.raise_signal(number)
+        known = True
+    assert known
+    assert signal.getsignal(number) is before
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
