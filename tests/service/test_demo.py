@@ -105,10 +105,15 @@ def test_a_server_that_does_not_start_is_shown_with_its_log(tmp_path: Path) -> N
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_an_interrupt_waits_until_the_started_server_is_known(number: signal.Signals) -> None:
     before = signal.getsignal(number)
-    known = False
-    with pytest.raises(KeyboardInterrupt), _interrupts_held():
-        signal.raise_signal(number)
-        known = True
+    known = []
+
+    def start() -> None:
+        with _interrupts_held():
+            signal.raise_signal(number)
+            known.append("the server")
+
+    with pytest.raises(KeyboardInterrupt):
+        start()
     assert known
     assert signal.getsignal(number) is before
 
