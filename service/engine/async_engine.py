@@ -37,13 +37,14 @@ class RequestStream:
         self._outputs: deque[RequestOutput] = deque()
         self._arrived = asyncio.Event()
         self._ended = False
+        self._closed = False
 
     def __aiter__(self) -> AsyncIterator[RequestOutput]:
         return self
 
     async def __anext__(self) -> RequestOutput:
         while not self._outputs:
-            if self._ended:
+            if self._ended or self._closed:
                 raise StopAsyncIteration
             self._arrived.clear()
             await self._arrived.wait()
@@ -55,13 +56,16 @@ class RequestStream:
             self._on_cancel(self, reason)
 
     async def aclose(self) -> None:
-        """Leave: cancel if unfinished, and drop what has not been read."""
+        """Leave: cancel if unfinished, and drop what has not been read; the iteration ends."""
         self.cancel()
+        self._closed = True
         self._outputs.clear()
+        self._arrived.set()
 
     def deliver(self, output: RequestOutput) -> None:
         """For the engine: append an output, and end the stream with the one that has a summary."""
-        self._outputs.append(output)
+        if not self._closed:  # else what comes late would follow a gap
+            self._outputs.append(output)
         self._ended = self._ended or output.summary is not None
         self._arrived.set()
 
