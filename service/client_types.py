@@ -40,6 +40,7 @@ class SamplingOptions(TypedDict, total=False):
     logprobs: int | None
     echo: bool | None
     logit_bias: Mapping[int, float] | None
+    prompt_lookup_tokens: int | None
 
 
 class FinishReason(enum.StrEnum):

@@ -48,6 +48,11 @@ class TextGenerationStub(object):
                 request_serializer=gptjet_dot_proto_dot_v1_dot_text__generation__pb2.GenerateStreamRequest.SerializeToString,
                 response_deserializer=gptjet_dot_proto_dot_v1_dot_text__generation__pb2.GenerateStreamResponse.FromString,
                 _registered_method=True)
+        self.Score = channel.unary_unary(
+                '/gptjet.v1.TextGeneration/Score',
+                request_serializer=gptjet_dot_proto_dot_v1_dot_text__generation__pb2.ScoreRequest.SerializeToString,
+                response_deserializer=gptjet_dot_proto_dot_v1_dot_text__generation__pb2.ScoreResponse.FromString,
+                _registered_method=True)
         self.Tokenize = channel.unary_unary(
                 '/gptjet.v1.TextGeneration/Tokenize',
                 request_serializer=gptjet_dot_proto_dot_v1_dot_text__generation__pb2.TokenizeRequest.SerializeToString,
@@ -88,6 +93,14 @@ class TextGenerationServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Score(self, request, context):
+        """Says how likely the model finds each of several continuations of one prompt, without generating.
+        The prompt is computed once and shared.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Tokenize(self, request, context):
         """Turns text into the model's token ids.
         """
@@ -121,6 +134,11 @@ def add_TextGenerationServicer_to_server(servicer, server):
                     servicer.GenerateStream,
                     request_deserializer=gptjet_dot_proto_dot_v1_dot_text__generation__pb2.GenerateStreamRequest.FromString,
                     response_serializer=gptjet_dot_proto_dot_v1_dot_text__generation__pb2.GenerateStreamResponse.SerializeToString,
+            ),
+            'Score': grpc.unary_unary_rpc_method_handler(
+                    servicer.Score,
+                    request_deserializer=gptjet_dot_proto_dot_v1_dot_text__generation__pb2.ScoreRequest.FromString,
+                    response_serializer=gptjet_dot_proto_dot_v1_dot_text__generation__pb2.ScoreResponse.SerializeToString,
             ),
             'Tokenize': grpc.unary_unary_rpc_method_handler(
                     servicer.Tokenize,
@@ -196,6 +214,33 @@ class TextGeneration(object):
             '/gptjet.v1.TextGeneration/GenerateStream',
             gptjet_dot_proto_dot_v1_dot_text__generation__pb2.GenerateStreamRequest.SerializeToString,
             gptjet_dot_proto_dot_v1_dot_text__generation__pb2.GenerateStreamResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Score(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/gptjet.v1.TextGeneration/Score',
+            gptjet_dot_proto_dot_v1_dot_text__generation__pb2.ScoreRequest.SerializeToString,
+            gptjet_dot_proto_dot_v1_dot_text__generation__pb2.ScoreResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -46,6 +46,10 @@ class TextGenerationStub:
     summary. The text deltas of a sequence, concatenated, equal the text of Generate byte for byte.
     Cancelling the call, or its deadline passing, frees the request within one step.
     """
+    Score: _grpc.UnaryUnaryMultiCallable[_text_generation_pb2.ScoreRequest, _text_generation_pb2.ScoreResponse]
+    """Says how likely the model finds each of several continuations of one prompt, without generating.
+    The prompt is computed once and shared.
+    """
     Tokenize: _grpc.UnaryUnaryMultiCallable[_text_generation_pb2.TokenizeRequest, _text_generation_pb2.TokenizeResponse]
     """Turns text into the model's token ids."""
     Detokenize: _grpc.UnaryUnaryMultiCallable[_text_generation_pb2.DetokenizeRequest, _text_generation_pb2.DetokenizeResponse]
@@ -68,6 +72,10 @@ class TextGenerationAsyncStub(TextGenerationStub):
     """Streams tokens as they are sampled, one message a step and sequence; the last message is the
     summary. The text deltas of a sequence, concatenated, equal the text of Generate byte for byte.
     Cancelling the call, or its deadline passing, frees the request within one step.
+    """
+    Score: _aio.UnaryUnaryMultiCallable[_text_generation_pb2.ScoreRequest, _text_generation_pb2.ScoreResponse]  # type: ignore[assignment]
+    """Says how likely the model finds each of several continuations of one prompt, without generating.
+    The prompt is computed once and shared.
     """
     Tokenize: _aio.UnaryUnaryMultiCallable[_text_generation_pb2.TokenizeRequest, _text_generation_pb2.TokenizeResponse]  # type: ignore[assignment]
     """Turns text into the model's token ids."""
@@ -100,6 +108,16 @@ class TextGenerationServicer(metaclass=_abc_1.ABCMeta):
         """Streams tokens as they are sampled, one message a step and sequence; the last message is the
         summary. The text deltas of a sequence, concatenated, equal the text of Generate byte for byte.
         Cancelling the call, or its deadline passing, frees the request within one step.
+        """
+
+    @_abc_1.abstractmethod
+    def Score(
+        self,
+        request: _text_generation_pb2.ScoreRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_text_generation_pb2.ScoreResponse, _abc.Awaitable[_text_generation_pb2.ScoreResponse]]:
+        """Says how likely the model finds each of several continuations of one prompt, without generating.
+        The prompt is computed once and shared.
         """
 
     @_abc_1.abstractmethod

@@ -148,6 +148,14 @@ class SamplingFlags:
             rich_help_panel=_REPETITION,
         ),
     ] = 0
+    prompt_lookup_tokens: Annotated[
+        int,
+        typer.Option(
+            help="guess up to this many tokens a step by prompt lookup, 0 (off) to 16; the output "
+            "stays the same",
+            rich_help_panel=_OUTPUT,
+        ),
+    ] = 0
 
     logprobs: Annotated[
         int | None,

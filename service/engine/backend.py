@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
+    from collections.abc import Generator
+
     import torch
 
     from gptjet.service.engine.sequence import Sequence
@@ -40,6 +42,12 @@ class BackendSpec:
     max_batch_size sequences computed in one decode step
     max_prefill_batch_size  sequences computed in one prefill step
     num_kv_blocks  blocks of `block_size` tokens that all sequences together may hold
+    paged          its KV cache is addressed by `Sequence.block_table` and by nothing else, and what
+                   it computes for a token does not depend on how the tokens are divided into steps:
+                   so blocks can be shared (prefix cache, n > 1) and prompts computed in chunks
+    max_prefill_tokens  tokens of one prefill step over its sequences; None: whole prompts only.
+                   For paged backends.
+    max_draft_tokens  guesses a sequence may have verified in one decode step. For paged backends.
     """
 
     name: str
@@ -55,6 +63,9 @@ class BackendSpec:
     num_kv_blocks: int
     max_prefill_batch_size: int = 1
     block_size: int = 16
+    paged: bool = False
+    max_prefill_tokens: int | None = None
+    max_draft_tokens: int = 0
     eos_token_ids: tuple[int, ...] = ()
     parity: ParityVerdict = field(default_factory=ParityVerdict)
 
@@ -68,32 +79,63 @@ class Phase(enum.StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class ScheduledBatch:
-    """The sequences of one step. In a prefill step each is computed over its whole prompt (and any
-    output it already has, after a preemption); in a decode step over its last token."""
+    """The sequences of one step, and how many tokens of each are computed.
+
+    A prefill step computes tokens [num_computed_tokens, num_computed_tokens + num_tokens[i]) of
+    sequence i: its whole prompt (and any output it already has, after a preemption), what the
+    prefix cache did not hold of it, or a chunk. A decode step computes the last token of each and
+    the drafts that follow it: num_tokens[i] = 1 + len(draft_token_ids).
+
+    num_tokens    one entry a sequence; empty means all of it: whole prompts, single tokens
+    block_copies  (source, destination) KV blocks, copied before anything is computed
+    """
 
     phase: Phase
     sequences: tuple[Sequence, ...]
+    num_tokens: tuple[int, ...] = ()
+    block_copies: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class PrefillResult:
     """Logits after a prefill step of B sequences.
 
-    logits         [B, V] float32, of each sequence's last position
-    prompt_logits  one entry a sequence: [L - 1, V] float32, of every position but the last, where
-                   `Sequence.needs_prompt_logits`; else None
+    logits         [B, V] float32, of the last position computed of each sequence. The row of one
+                   whose prompt goes on in a later chunk is not read, and may hold anything.
+    prompt_logits  one entry a sequence, where `Sequence.needs_prompt_logits`; else None: [N, V]
+                   float32, of every position computed in this step, without the sequence's very
+                   last one. N is num_tokens, less one in the chunk that ends the sequence.
     """
 
     logits: torch.Tensor
     prompt_logits: tuple[torch.Tensor | None, ...]
 
 
-class Backend(Protocol):
-    """A model behind two functions. Only the engine thread calls it, one call at a time.
+@dataclass(frozen=True, slots=True)
+class ScoreJob:
+    """Candidates to be scored after one prompt, and the KV blocks to do it in.
 
-    A backend keeps the KV cache of a sequence under `Sequence.sequence_id` from its prefill until
-    `release`. An exception out of `prefill` or `decode` fails the sequences of that batch, which
-    the engine then releases; the backend must stay usable for others.
+    job_id             unique in the engine's life, and distinct from every sequence_id
+    block_table        for paged backends: blocks of the prompt first, of which the leading
+                       `num_cached_tokens` tokens are computed already and are shared, so read-only;
+                       then, for each candidate in turn, blocks_for(P % block_size + len(candidate))
+                       blocks of its own, P being the prompt's length
+    """
+
+    job_id: int
+    prompt_token_ids: tuple[int, ...]
+    candidates: tuple[tuple[int, ...], ...]
+    block_table: tuple[int, ...] = ()
+    num_cached_tokens: int = 0
+
+
+class Backend(Protocol):
+    """A model behind three functions. Only the engine thread calls it, one call at a time.
+
+    A backend keeps the KV cache of a sequence under `Sequence.sequence_id` (a paged one: in the
+    blocks of its block_table) from its prefill until `release`. An exception out of `prefill` or
+    `decode` fails the sequences of that batch, which the engine then releases; the backend must
+    stay usable for others.
     """
 
     @property
@@ -106,11 +148,24 @@ class Backend(Protocol):
         ...
 
     def prefill(self, batch: ScheduledBatch) -> PrefillResult:
-        """Compute the sequences' tokens from the start and keep their KV cache."""
+        """Compute the sequences' tokens and keep their KV cache."""
         ...
 
     def decode(self, batch: ScheduledBatch) -> torch.Tensor:
-        """Compute each sequence's last token against its KV cache: [B, V] float32 logits."""
+        """Compute each sequence's last token, and its drafts after it, against its KV cache.
+
+        [sum of num_tokens, V] float32 logits, the rows of a sequence together and in token order:
+        row i of a sequence follows its last token and its first i drafts.
+        """
+        ...
+
+    def score(self, job: ScoreJob) -> Generator[None, None, tuple[torch.Tensor, ...]]:
+        """Log-probabilities of each candidate's tokens after the prompt: [C] float32 each.
+
+        A generator, so that running streams need not wait for all of it: it yields between pieces
+        of work no longer than a prefill step, and other calls may come between. Closing it early
+        frees what it holds.
+        """
         ...
 
     def release(self, sequence: Sequence) -> None:

@@ -19,6 +19,7 @@ MAX_STOP_TOKEN_IDS = 64
 MAX_LOGPROBS = 20
 MAX_REQUEST_ID_LENGTH = 128
 MAX_LOGIT_BIAS_ENTRIES = 1024
+MAX_PROMPT_LOOKUP_TOKENS = 16
 _SEED_LIMIT = 2**64
 
 
@@ -60,6 +61,7 @@ class SamplingParams:
     logprobs: int | None = None
     echo: bool = False
     logit_bias: Mapping[int, float] = field(default_factory=lambda: MappingProxyType({}))
+    prompt_lookup_tokens: int = 0
 
     @property
     def is_greedy(self) -> bool:
@@ -124,6 +126,12 @@ class SamplingParams:
                 )
         if self.logprobs is not None and not 0 <= self.logprobs <= min(MAX_LOGPROBS, vocab_size):
             yield bad("logprobs", f"0 to {min(MAX_LOGPROBS, vocab_size)}", self.logprobs)
+        if not 0 <= self.prompt_lookup_tokens <= MAX_PROMPT_LOOKUP_TOKENS:
+            yield bad(
+                "prompt_lookup_tokens",
+                f"0 (off) to {MAX_PROMPT_LOOKUP_TOKENS}",
+                self.prompt_lookup_tokens,
+            )
         if len(self.logit_bias) > MAX_LOGIT_BIAS_ENTRIES:
             yield bad("logit_bias", f"at most {MAX_LOGIT_BIAS_ENTRIES} ids", len(self.logit_bias))
         for token_id, bias in self.logit_bias.items():

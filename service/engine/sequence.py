@@ -27,6 +27,8 @@ class Sequence:
 
     sequence_id    unique in the engine's life
     block_table    ids of the KV blocks it holds, in token order
+    num_computed_tokens  tokens from the first whose keys and values the backend holds
+    draft_token_ids  guesses for the next tokens, which the next decode step verifies
     times          `time.monotonic_ns()`, 0 until they happen
     """
 
@@ -38,6 +40,8 @@ class Sequence:
     status: SequenceStatus = SequenceStatus.WAITING
     output_token_ids: list[int] = field(default_factory=list)
     block_table: list[int] = field(default_factory=list)
+    num_computed_tokens: int = 0
+    draft_token_ids: tuple[int, ...] = ()
     finish_reason: FinishReason | None = None
     stop_match: str | int | None = None
     first_step_ns: int = 0

@@ -41,6 +41,7 @@ _SCALARS = (
     "min_new_tokens",
     "top_k",
     "no_repeat_ngram_size",
+    "prompt_lookup_tokens",
     "seed",
     "n",
     "ignore_eos",

@@ -30,6 +30,7 @@ EVERY_FLAG: dict[str, tuple[list[str], object]] = {
     "presence_penalty": (["-0.5"], -0.5),
     "frequency_penalty": (["0.25"], 0.25),
     "no_repeat_ngram_size": (["3"], 3),
+    "prompt_lookup_tokens": (["4"], 4),
     "seed": (["18446744073709551615"], 2**64 - 1),
     "n": (["2"], 2),
     "stop": (["END", "\n\n"], ("END", "\n\n")),

@@ -33,6 +33,7 @@ def test_every_field_arrives() -> None:
         presence_penalty=-0.4,
         frequency_penalty=0.6,
         no_repeat_ngram_size=3,
+        prompt_lookup_tokens=4,
         seed=2**64 - 1,
         n=2,
         stop=("a", "b"),

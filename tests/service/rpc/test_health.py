@@ -80,7 +80,8 @@ async def test_reflection_describes_the_service(start_server: StartServer) -> No
 
     services, methods = await asyncio.to_thread(describe)
     assert {SERVICE, "grpc.health.v1.Health"} <= set(services)
-    assert methods == ["Generate", "GenerateStream", "Tokenize", "Detokenize", "GetModel"]
+    expected = ["Generate", "GenerateStream", "Score", "Tokenize", "Detokenize", "GetModel"]
+    assert methods == expected
 
 
 async def test_reflection_can_be_turned_off(start_server: StartServer) -> None:

@@ -1,0 +1,59 @@
+"""What one pass over the model computes, and where the keys and values of its tokens are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+BLOCK_SIZE = 16
+"""Tokens of a KV block."""
+
+
+@dataclass(frozen=True, slots=True)
+class BlockGeometry:
+    """Sizes of a GPT-J-class model.
+
+    rotary_dim  leading features of each head that turn with the position, in interleaved pairs; 0
+                for none
+    """
+
+    num_layers: int
+    hidden_size: int
+    num_heads: int
+    head_dim: int
+    rotary_dim: int
+    inner_size: int
+    vocab_size: int
+    max_context: int
+    layer_norm_eps: float = 1e-5
+
+    @property
+    def kv_block_shape(self) -> tuple[int, int, int, int, int]:
+        """Of one KV block: [layers, 2 (keys, values), heads, BLOCK_SIZE, head_dim]."""
+        return (self.num_layers, 2, self.num_heads, BLOCK_SIZE, self.head_dim)
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardBatch:
+    """T tokens of S sequences in one pass: decode tokens, drafts and prompt chunks alike.
+
+    token_ids       [T] int32; the tokens of a sequence stand together, in order
+    positions       [T] int32, of each token in its sequence
+    sequence_index  [T] int32, row of block_tables
+    block_tables    [S, W] int32; token p of a sequence is in slot p % BLOCK_SIZE of block
+                    block_tables[s, p // BLOCK_SIZE]; entries past the sequence's end are not read
+    logits_rows     [R] int32, indices of the tokens whose logits are wanted
+    All on the CPU; a GPU model copies them at once.
+
+    The pass writes each token's key and value to its slot, and each token attends to the slots of
+    positions 0 to its own. KV cache: [layers, 2, num_blocks, heads, BLOCK_SIZE, head_dim].
+    """
+
+    token_ids: torch.Tensor
+    positions: torch.Tensor
+    sequence_index: torch.Tensor
+    block_tables: torch.Tensor
+    logits_rows: torch.Tensor
