@@ -66,6 +66,37 @@ class Int4Weight:
 Weight: TypeAlias = DenseWeight | Int8Weight | Int4Weight
 
 
+@dataclass(frozen=True, slots=True)
+class LayerWeights:
+    """One block in the fused layout: two weight passes.
+
+    norm_weight, norm_bias  [hidden] float32, the LayerNorm that attention and MLP share
+    w_in   [3 * heads * head_dim + inner, hidden]: rows of q, k, v, then fc_in; its bias is fc_in's
+           after zeros (None where the model has none)
+    w_out  [hidden, heads * head_dim + inner]: columns of out_proj, then of fc_out
+    """
+
+    norm_weight: torch.Tensor
+    norm_bias: torch.Tensor
+    w_in: Weight
+    w_out: Weight
+
+
+@dataclass(frozen=True, slots=True)
+class HeadWeights:
+    """What stands outside the blocks.
+
+    embedding  [vocab, hidden] float32 or float16
+    norm_weight, norm_bias  [hidden] float32, the final LayerNorm
+    lm_head    [vocab, hidden]
+    """
+
+    embedding: torch.Tensor
+    norm_weight: torch.Tensor
+    norm_bias: torch.Tensor
+    lm_head: Weight
+
+
 def quantize_int8(weight: torch.Tensor, bias: torch.Tensor | None = None) -> Int8Weight:
     """Round weight [N, K] to nearest, one scale an output feature: max |row| / 127."""
     rows = weight.float()
