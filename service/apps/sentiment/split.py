@@ -10,10 +10,10 @@ CountTokens = Callable[[str], Awaitable[int]]
 # A sentence ends after . ! ? or their kin, with closing quotes and brackets, before white space;
 # the full-width ones (Chinese, Japanese) need none. A blank line ends one whatever stands before.
 _END = re.compile(r"[.!?\u2026]+[\"'\u2019\u201d)\]\u00bb]*(?=\s)|[\u3002\uff01\uff1f]+|\n\s*\n")
-_ABBREVIATIONS = frozenset(
-    "mr|mrs|ms|dr|prof|st|jr|sr|vs|etc|e.g|i.e|a.m|p.m|u.s|u.k|no|vol|fig|inc|ltd|co|dept|est|"
-    "approx|bzw|z.b|d.h|u.a|usw|ca|nr".split("|")
-)
+_ABBREVIATION_LIST = """
+mr mrs ms dr prof st jr sr vs etc e.g i.e a.m p.m u.s u.k no vol fig inc ltd co dept est approx
+bzw z.b d.h u.a usw ca nr"""
+_ABBREVIATIONS = frozenset(_ABBREVIATION_LIST.split())
 _INITIAL = re.compile(r"(?:^|\s)[^\W\d_]\.$")
 
 
