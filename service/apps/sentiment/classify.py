@@ -66,7 +66,7 @@ class SentimentClassifier:
         options: ClassifierOptions = _DEFAULT_OPTIONS,
     ) -> None:
         self._client = client
-        self._options = options
+        self.options = options
         self.template = template
         self._model: ModelInfo | None = None
         self._prompt_tokens = 0  # of the prompt without a text
@@ -89,7 +89,7 @@ class SentimentClassifier:
         does not fit the served model, and GptjetError. Closing the iterator cancels the RPC.
         """
         self._check(text)
-        model = await self._set_up()
+        model = await self.model()
         parts = await self._score_parts(await self._split(text))
         logprobs = pool([part.logprobs for part in parts], [part.tokens for part in parts])
         probabilities = dict(
@@ -104,7 +104,7 @@ class SentimentClassifier:
         )
         explained = 0
         answer, summary = Answer("", None), None
-        if self._options.explain and self.template.answer:
+        if self.options.explain and self.template.answer:
             index = list(probabilities).index(scored_label)
             explained = max(
                 range(len(parts)),
@@ -146,9 +146,9 @@ class SentimentClassifier:
     def _check(self, text: str) -> None:
         if not self.template.one_line(text):
             raise TextError("text: must not be empty or blank")
-        if len(text) > self._options.max_chars:
+        if len(text) > self.options.max_chars:
             raise TextError(
-                f"text: must be at most {self._options.max_chars} characters, got {len(text)}"
+                f"text: must be at most {self.options.max_chars} characters, got {len(text)}"
             )
         try:
             text.encode()
@@ -157,11 +157,14 @@ class SentimentClassifier:
                 f"text: must be valid Unicode, has a lone surrogate at character {error.start}"
             ) from None
 
-    async def _set_up(self) -> ModelInfo:
-        """The served model, asked for once."""
+    async def model(self) -> ModelInfo:
+        """The served model, asked for once, after checking that the template fits it.
+
+        Raises TemplateError and GptjetError.
+        """
         async with self._setting_up:
             if self._model is None:
-                template, timeout_s = self.template, self._options.timeout_s
+                template, timeout_s = self.template, self.options.timeout_s
                 model = await self._client.get_model(timeout_s=timeout_s)
                 self._prompt_tokens = await self._count(template.render(""))
                 explain_tokens = await self._count(template.render_explain(""))
@@ -179,7 +182,7 @@ class SentimentClassifier:
             return self._model
 
     async def _count(self, text: str) -> int:
-        return len((await self._client.tokenize(text, timeout_s=self._options.timeout_s)).ids)
+        return len((await self._client.tokenize(text, timeout_s=self.options.timeout_s)).ids)
 
     async def _split(self, text: str) -> list[str]:
         room = self._room_tokens
@@ -192,9 +195,9 @@ class SentimentClassifier:
             return await self._count(self.template.render(piece)) - self._prompt_tokens
 
         parts = await split_to_fit(text, room, count)
-        if len(parts) > self._options.max_parts:
+        if len(parts) > self.options.max_parts:
             raise TextError(
-                f"text: must fit {self._options.max_parts} parts of {room} tokens, "
+                f"text: must fit {self.options.max_parts} parts of {room} tokens, "
                 f"needs {len(parts)}"
             )
         return parts
@@ -215,7 +218,7 @@ class SentimentClassifier:
                 template.render(text),
                 [label.continuation for label in template.labels],
                 calibration_prompt=neutral,
-                timeout_s=self._options.timeout_s,
+                timeout_s=self.options.timeout_s,
             )
         shares = [score.logprob - (score.calibration_logprob or 0.0) for score in scored.scores]
         tokens = max(1, scored.prompt_tokens - self._prompt_tokens)
@@ -227,7 +230,7 @@ class SentimentClassifier:
         template = self.template
         stream = self._client.generate_stream(
             template.render_explain(text),
-            timeout_s=self._options.timeout_s,
+            timeout_s=self.options.timeout_s,
             max_new_tokens=template.max_new_tokens,
             temperature=template.temperature,
             seed=seed,

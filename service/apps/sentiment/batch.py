@@ -1,0 +1,341 @@
+"""Classifies a file: many rows in flight, one line of a journal each, in order, exactly once.
+
+The journal (`out.csv.part`) is JSON lines: what is being made, then one line a finished row, in the
+order of the input. Started again after whatever end, it cuts half a line off and goes on after the
+last whole one. When all rows are there, the output is written beside its name and renamed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import random
+from collections import Counter, deque
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from gptjet.service.apps.sentiment.classify import SentimentClassifier
+from gptjet.service.apps.sentiment.result import SentimentResult, TextError
+from gptjet.service.apps.sentiment.table import (
+    Row,
+    Table,
+    TableFormat,
+    TableWriter,
+    format_of,
+    read_table,
+    spreadsheet_safe,
+)
+from gptjet.service.client import (
+    DeadlineExceededError,
+    InternalError,
+    InvalidRequestError,
+    ResourceExhaustedError,
+    UnavailableError,
+)
+
+_JOURNAL_VERSION = 1
+_JOURNAL_SUFFIX = ".part"
+# Rows that wait, finished, for an earlier one: this many for each that is in flight.
+_WINDOW = 4
+# A server may be busy or loading this long before the run gives up on it.
+_PATIENCE_S = 600.0
+_DEFAULT_PAUSE_S = 1.0
+_OWN_COLUMNS = ("label", "explanation", "uncertain_reason", "num_parts", "error")
+_CLASH_PREFIX = "sentiment_"
+
+
+class BatchError(Exception):
+    """The run cannot start or go on; the message says why and what to do."""
+
+
+class ServerGoneError(BatchError):
+    """The server does not answer any more; what is done is kept."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchSpec:
+    """What is to be made. A journal is only continued by a run with the same one.
+
+    concurrency  rows in flight at the server
+    excel_safe   cells that a spreadsheet would take for formulas get a ' before them
+    """
+
+    source: Path
+    column: str
+    out: Path
+    seed: int = 0
+    concurrency: int = 16
+    excel_safe: bool = False
+    overwrite: bool = False
+
+
+@dataclass(slots=True)
+class BatchSummary:
+    """How many rows have which label, and which have an error (line, what)."""
+
+    rows: int = 0
+    resumed: int = 0
+    labels: Counter[str] = field(default_factory=Counter)
+    errors: list[tuple[int, str]] = field(default_factory=list)
+
+    def add(self, entry: dict[str, Any]) -> None:
+        """A line of the journal."""
+        self.rows += 1
+        if entry["error"] is not None:
+            self.errors.append((entry["line"], entry["error"]))
+        else:
+            self.labels[entry["label"]] += 1
+
+
+# Called with the number of rows that are done, at the start and after each.
+OnProgress = Callable[[int], None]
+
+
+async def classify_file(
+    classifier: SentimentClassifier, spec: BatchSpec, on_progress: OnProgress = lambda _: None
+) -> BatchSummary:
+    """Make `spec.out`; go on where an earlier run with the same spec was cut off.
+
+    Raises BatchError, TableError, OSError, and GptjetError for what no row is to blame for.
+    """
+    out_format = format_of(spec.out.name)
+    with spec.source.open("rb") as file:
+        table = read_table(file, spec.column, format_of(spec.source.name), str(spec.source))
+        heading = await _heading(classifier, spec)
+        with _Journal(spec.out, heading, overwrite=spec.overwrite) as journal:
+            summary = BatchSummary()
+            for entry in journal.entries():
+                summary.add(entry)
+            summary.resumed = summary.rows
+            on_progress(summary.rows)
+            for _ in range(summary.rows):
+                next(table.rows)
+            rows = _in_order(classifier, table.rows, spec)
+            async with contextlib.aclosing(rows):
+                async for entry in rows:
+                    journal.append(entry)
+                    summary.add(entry)
+                    on_progress(summary.rows)
+            _write(spec, out_format, table, classifier, journal)
+    return summary
+
+
+def count_rows(source: Path, column: str) -> int:
+    """How many rows a file has. Raises what `read_table` raises."""
+    with source.open("rb") as file:
+        return sum(1 for _ in read_table(file, column, format_of(source.name), str(source)).rows)
+
+
+def journal_path(out: Path) -> Path:
+    """Where the rows of an unfinished output are kept."""
+    return out.with_name(out.name + _JOURNAL_SUFFIX)
+
+
+def columns_of(classifier: SentimentClassifier, taken: tuple[str, ...]) -> dict[str, str]:
+    """Our columns, and what they are called beside those that the input has."""
+    own = ("label", *(f"p_{label.name}" for label in classifier.template.labels), *_OWN_COLUMNS[1:])
+    prefix = _CLASH_PREFIX if set(own) & set(taken) else ""
+    return {name: prefix + name for name in own}
+
+
+def result_values(result: SentimentResult) -> dict[str, Any]:
+    """The values of our columns for a result."""
+    return {
+        "label": result.label,
+        **{f"p_{name}": round(p, 6) for name, p in result.probabilities.items()},
+        "explanation": result.explanation,
+        "uncertain_reason": result.uncertain_reason,
+        "num_parts": result.num_parts,
+        "error": None,
+    }
+
+
+async def _heading(classifier: SentimentClassifier, spec: BatchSpec) -> dict[str, Any]:
+    """What a run must share with an earlier one to go on with its rows."""
+    template = json.dumps(asdict(classifier.template), sort_keys=True, default=str)
+    with spec.source.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {
+        "journal": _JOURNAL_VERSION,
+        "input": digest,
+        "column": spec.column,
+        "template": hashlib.sha256(template.encode()).hexdigest(),
+        "explain": classifier.options.explain,
+        "seed": spec.seed,
+        "model": (await classifier.model()).name,
+    }
+
+
+async def _in_order(
+    classifier: SentimentClassifier, rows: Iterator[Row], spec: BatchSpec
+) -> AsyncIterator[dict[str, Any]]:
+    """A journal line for each row, in the rows' order, `spec.concurrency` of them in flight."""
+    slots = asyncio.Semaphore(spec.concurrency)
+    window: deque[asyncio.Task[dict[str, Any]]] = deque()
+
+    async def entry_for(row: Row) -> dict[str, Any]:
+        values: dict[str, Any] = {"label": None, "error": row.error}
+        if row.error is None:
+            async with slots:
+                values = await _values_for(classifier, row.text, spec.seed)
+        return {"line": row.line, "row": row.values, **values}
+
+    try:
+        while True:
+            while len(window) < spec.concurrency * _WINDOW:
+                row = next(rows, None)
+                if row is None:
+                    break
+                window.append(asyncio.create_task(entry_for(row)))
+            if not window:
+                return
+            yield await window[0]
+            window.popleft()
+    finally:
+        for task in window:
+            task.cancel()
+        await asyncio.gather(*window, return_exceptions=True)
+
+
+async def _values_for(classifier: SentimentClassifier, text: str, seed: int) -> dict[str, Any]:
+    """Our columns for a text; what is wrong with it is its `error`. Waits for a busy server."""
+    waited_s = 0.0
+    tries_left = 2
+    while True:
+        try:
+            return result_values(await classifier.classify(text, seed=seed))
+        except (TextError, InvalidRequestError, DeadlineExceededError) as error:
+            return {"label": None, "error": str(error)}
+        except InternalError as error:
+            tries_left -= 1
+            if not tries_left:
+                return {"label": None, "error": str(error)}
+        except (ResourceExhaustedError, UnavailableError) as error:
+            pause_s = error.retry_after_s
+            if pause_s is None and isinstance(error, UnavailableError):
+                raise ServerGoneError(f"the server went away: {error.message}") from error
+            # A little more than it asks for, so that not all come back in the same moment.
+            pause_s = (pause_s or _DEFAULT_PAUSE_S) * random.uniform(1.0, 1.5)
+            if waited_s + pause_s > _PATIENCE_S:
+                raise ServerGoneError(f"the server stays busy: {error.message}") from error
+            await asyncio.sleep(pause_s)
+            waited_s += pause_s
+
+
+class _Journal:
+    """The append-only file of finished rows; locked while it is open."""
+
+    def __init__(self, out: Path, heading: dict[str, Any], *, overwrite: bool) -> None:
+        self.path = journal_path(out)
+        self._out = out
+        self._heading = heading
+        self._overwrite = overwrite
+        self._file: BinaryIO | None = None
+
+    def __enter__(self) -> _Journal:
+        is_new = not self.path.exists() or self.path.stat().st_size == 0
+        if is_new and self._out.exists() and not self._overwrite:
+            raise BatchError(f"{self._out} exists already; --overwrite replaces it")
+        self._file = self.path.open("a+b")
+        try:
+            self._lock()
+            self._repair()
+            if self._file.tell() == 0:
+                self.append(self._heading)
+            else:
+                self._check_heading()
+        except BaseException:
+            self._file.close()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        assert self._file is not None
+        self._file.close()
+
+    def append(self, entry: dict[str, Any]) -> None:
+        """One line, written to the system at once: a killed process loses none."""
+        assert self._file is not None
+        self._file.write(json.dumps(entry, ensure_ascii=False).encode() + b"\n")
+        self._file.flush()
+
+    def entries(self) -> Iterator[dict[str, Any]]:
+        """The finished rows, in order."""
+        with self.path.open("rb") as file:
+            next(file)
+            for line in file:
+                yield json.loads(line)
+
+    def remove(self) -> None:
+        """The output is there."""
+        self.path.unlink()
+
+    def _lock(self) -> None:
+        assert self._file is not None
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise BatchError(f"another process is writing {self.path}") from None
+
+    def _repair(self) -> None:
+        """Cut off what is not a whole line of JSON: the end of a write that was cut short."""
+        assert self._file is not None
+        self._file.seek(0)
+        whole = 0
+        for line in self._file:
+            if not line.endswith(b"\n"):
+                break
+            try:
+                json.loads(line)
+            except ValueError:
+                break
+            whole += len(line)
+        self._file.truncate(whole)
+        self._file.seek(whole)
+
+    def _check_heading(self) -> None:
+        with self.path.open("rb") as file:
+            found = json.loads(next(file))
+        changed = [key for key, value in self._heading.items() if found.get(key) != value]
+        if changed:
+            raise BatchError(
+                f"{self.path} was begun with another {' and '.join(changed)}; "
+                f"delete it to begin anew, or give another --out"
+            )
+
+
+def _write(
+    spec: BatchSpec,
+    out_format: TableFormat,
+    table: Table,
+    classifier: SentimentClassifier,
+    journal: _Journal,
+) -> None:
+    """The output from the journal: written beside its name, then renamed."""
+    names = columns_of(classifier, table.columns)
+    unfinished = spec.out.with_name(f"{spec.out.name}.{os.getpid()}.tmp")
+    try:
+        with unfinished.open("w", encoding="utf-8", newline="") as file:
+            writer = TableWriter(
+                file, out_format, [*table.columns, *names.values()], excel_safe=spec.excel_safe
+            )
+            for entry in journal.entries():
+                own = {names[key]: entry.get(key) for key in names if key in entry}
+                if out_format is not TableFormat.JSONL and own.get(names["explanation"]):
+                    # A model's words, which nobody has looked at.
+                    own[names["explanation"]] = spreadsheet_safe(own[names["explanation"]])
+                if own[names["error"]] is not None:
+                    own[names["error"]] = f"line {entry['line']}: {own[names['error']]}"
+                writer.write(entry["row"] | own)
+            file.flush()
+            os.fsync(file.fileno())
+        unfinished.replace(spec.out)
+    finally:
+        unfinished.unlink(missing_ok=True)
+    journal.remove()
