@@ -15,7 +15,7 @@ import json
 import os
 import random
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -174,7 +174,7 @@ async def _heading(classifier: SentimentClassifier, spec: BatchSpec) -> dict[str
 
 async def _in_order(
     classifier: SentimentClassifier, rows: Iterator[Row], spec: BatchSpec
-) -> AsyncIterator[dict[str, Any]]:
+) -> AsyncGenerator[dict[str, Any]]:
     """A journal line for each row, in the rows' order, `spec.concurrency` of them in flight."""
     slots = asyncio.Semaphore(spec.concurrency)
     window: deque[asyncio.Task[dict[str, Any]]] = deque()
@@ -262,7 +262,7 @@ class _Journal:
     def append(self, entry: dict[str, Any]) -> None:
         """One line, written to the system at once: a killed process loses none."""
         assert self._file is not None
-        self._file.write(json.dumps(entry, ensure_ascii=False).encode() + b"\n")
+        self._file.write(json.dumps(entry).encode() + b"\n")
         self._file.flush()
 
     def entries(self) -> Iterator[dict[str, Any]]:
@@ -321,15 +321,17 @@ def _write(
     names = columns_of(classifier, table.columns)
     unfinished = spec.out.with_name(f"{spec.out.name}.{os.getpid()}.tmp")
     try:
-        with unfinished.open("w", encoding="utf-8", newline="") as file:
+        # A JSON line may escape what is no character; it becomes a question mark.
+        with unfinished.open("w", encoding="utf-8", errors="replace", newline="") as file:
             writer = TableWriter(
                 file, out_format, [*table.columns, *names.values()], excel_safe=spec.excel_safe
             )
             for entry in journal.entries():
                 own = {names[key]: entry.get(key) for key in names if key in entry}
-                if out_format is not TableFormat.JSONL and own.get(names["explanation"]):
+                explanation = own.get(names["explanation"])
+                if out_format is not TableFormat.JSONL and explanation:
                     # A model's words, which nobody has looked at.
-                    own[names["explanation"]] = spreadsheet_safe(own[names["explanation"]])
+                    own[names["explanation"]] = spreadsheet_safe(explanation)
                 if own[names["error"]] is not None:
                     own[names["error"]] = f"line {entry['line']}: {own[names['error']]}"
                 writer.write(entry["row"] | own)

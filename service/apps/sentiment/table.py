@@ -1,4 +1,4 @@
-"""Reads rows of CSV, TSV and JSON lines, and writes them again; a bad row is a row with an error."""
+"""Reads and writes rows of CSV, TSV and JSON lines; a bad row is a row with an error."""
 
 from __future__ import annotations
 
@@ -179,11 +179,7 @@ def _is_utf8(text: str) -> bool:
 
 def _shown(text: str) -> str:
     """`text` with U+FFFD for what is not UTF-8."""
-    return (
-        text
-        if _is_utf8(text)
-        else text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
-    )
+    return "".join("\ufffd" if "\ud800" <= c <= "\udfff" else c for c in text)
 
 
 def _check_column(column: str, columns: Sequence[str], name: str) -> None:
