@@ -25,8 +25,8 @@ GPT_J = load_template("gpt-j")
             "negative",
         ),
         (
-            " neutral\nExplanation: the word kind sounds positive but the word dry sounds negative.",
-            "the word kind sounds positive but the word dry sounds negative.",
+            " neutral\nExplanation: the word fun sounds positive but the word dry sounds negative.",
+            "the word fun sounds positive but the word dry sounds negative.",
             "neutral",
         ),
         (
