@@ -34,7 +34,7 @@ COMMANDS = (
     CommandEntry(
         "Client",
         "sentiment",
-        "Say which sentiment a text has and why; of a file, on a page, or measured.",
+        "Say which sentiment a text has, how sure the model is, and why it thinks so.",
     ),
     CommandEntry(
         "Machine",
