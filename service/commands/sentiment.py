@@ -137,8 +137,8 @@ app.command(
     epilog=EXAMPLES,
     context_settings=_CONTEXT_SETTINGS,
 )(classify)
-# A sub-command is a module with DESCRIPTION, EXAMPLES and a function `command`.
+# A sub-command is a module with HELP, EXAMPLES and a function `command`.
 for _name, _module in {"evaluate": sentiment_evaluate}.items():
     app.command(
-        _name, help=_module.DESCRIPTION, epilog=_module.EXAMPLES, context_settings=_CONTEXT_SETTINGS
+        _name, help=_module.HELP, epilog=_module.EXAMPLES, context_settings=_CONTEXT_SETTINGS
     )(_module.command)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from gptjet.service.apps.sentiment.evaluate import Decide, LabelledRow
     from gptjet.service.apps.sentiment.template import PromptTemplate
 
-DESCRIPTION = """Measure the app on rows whose label is known, VADER beside it on the same rows.
+HELP = """Measure the app on rows whose label is known, VADER beside it on the same rows.
 
 Accuracy, macro-F1, confusion, calibration error, what leaving out "uncertain" gains, throughput. \
 Without --file: the held-out rows of the checkpoint that ships, which it never saw in training.
