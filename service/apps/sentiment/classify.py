@@ -24,6 +24,8 @@ from gptjet.service.client import AsyncClient, GenerationSummary, ModelInfo
 # Less room than this for the text of a part: the template does not suit the model.
 _LEAST_ROOM_TOKENS = 8
 _PARTS_IN_FLIGHT = 8
+# A label that a model in half precision finds impossible stays a number to calculate with.
+_LEAST_LOGPROB = -1000.0
 POOLING = "mean log-probability of each label over the parts, weighted by their tokens"
 
 
@@ -218,7 +220,11 @@ class SentimentClassifier:
             calibration_prompt=neutral,
             timeout_s=self.options.timeout_s,
         )
-        shares = [score.logprob - (score.calibration_logprob or 0.0) for score in scored.scores]
+        shares = [
+            max(score.logprob, _LEAST_LOGPROB)
+            - max(score.calibration_logprob or 0.0, _LEAST_LOGPROB)
+            for score in scored.scores
+        ]
         tokens = max(1, scored.prompt_tokens - self._prompt_tokens)
         return _Part(text, tokens, _normalised(shares))
 
