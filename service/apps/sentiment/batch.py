@@ -260,7 +260,8 @@ def _write(
 ) -> None:
     """The output from the journal: written beside its name, then renamed."""
     names = columns_of(classifier, table.columns)
-    unfinished = spec.out.with_name(f"{spec.out.name}.{os.getpid()}.tmp")
+    # Of this name whoever writes: the journal's lock lets in one, and what a kill left is replaced.
+    unfinished = spec.out.with_name(f"{spec.out.name}.tmp")
     try:
         # A JSON line may escape what is no character; it becomes a question mark.
         with unfinished.open("w", encoding="utf-8", errors="replace", newline="") as file:

@@ -239,5 +239,32 @@ async def test_what_the_model_writes_is_no_formula(client: FakeClient, spec: Bat
     assert rows_of(spec.out)[0]["text"] == "'=good"
 
 
+async def test_killed_between_the_rename_and_the_end_it_is_finished_without_the_server(
+    client: FakeClient, spec: BatchSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def die(_: Path, missing_ok: bool = False) -> None:
+        raise SystemExit("killed")
+
+    monkeypatch.setattr(Path, "unlink", die)
+    with pytest.raises(SystemExit):
+        await classify_file(classifier_of(client), spec)
+    monkeypatch.undo()
+    assert spec.out.exists()
+    assert journal_path(spec.out).exists()
+    client.prompts.clear()
+    assert (await classify_file(classifier_of(client), spec)).resumed == 50
+    assert client.prompts == []
+    check(spec)
+
+
+async def test_a_file_without_rows_gives_one_without_rows(
+    client: FakeClient, spec: BatchSpec
+) -> None:
+    spec.source.write_text("n,text\n", encoding="utf-8")
+    assert (await classify_file(classifier_of(client), spec)).rows == 0
+    assert rows_of(spec.out) == []
+    assert spec.out.read_text(encoding="utf-8").startswith("n,text,label,")
+
+
 async def test_rows_are_counted_as_they_are_read(spec: BatchSpec) -> None:
     assert count_rows(spec.source, "text") == 50
