@@ -212,23 +212,31 @@ async def test_killed_and_started_again_each_row_is_there_once(
     assert not journal_path(out).exists()
 
 
-async def test_a_server_that_dies_leaves_what_is_done_and_a_word_on_how_to_go_on(
-    start_server: Any, start_cli: Start, invoke: Invoke, reviews: Path, tmp_path: Path
+async def test_a_server_that_is_killed_leaves_what_is_done_and_a_word_on_how_to_go_on(
+    start_server: Any, start_cli: Start, invoke: Invoke, tmp_path: Path
 ) -> None:
-    first = await start_server(backend=MockBackend(decode_ms=2))
-    out = tmp_path / "out.csv"
-    command = ("sentiment", "--file", str(reviews), "--out", str(out))
-    process = await start_cli(*command, "--server", first.target)
+    source, out, port_file = tmp_path / "in.csv", tmp_path / "out.csv", tmp_path / "port"
+    source.write_text("n,text\n" + "".join(f"{n},row\n" for n in range(300)), encoding="utf-8")
+    serve = ("serve", "--backend", "mock", "--model", "toy", "--port", "0")
+    served = await start_cli(*serve, "--port-file", str(port_file))
+    async with asyncio.timeout(PATIENCE_S):
+        while not port_file.exists():
+            await asyncio.sleep(0.05)
+    command = ("sentiment", "--file", str(source), "--out", str(out))
+    target = f"127.0.0.1:{port_file.read_text(encoding='ascii').strip()}"
+    process = await start_cli(*command, "--server", target, "--wait", "60")
     await until_some_rows_are_kept(out, 10)
-    await first.server.drain(0.0)
+    served.send_signal(signal.SIGKILL)
     _, stderr = await process.communicate()
-    assert process.returncode in {ExitCode.UNREACHABLE, ExitCode.FAILURE}, stderr.decode()
+    assert process.returncode == ExitCode.UNREACHABLE, stderr.decode()
+    assert b"the server went away" in stderr
     assert b"run the same command to go on" in stderr
-    second = await start_server()
-    result = await invoke(*command, "--server", second.target)
+    assert not out.exists()
+    other = await start_server()
+    result = await invoke(*command, "--server", other.target)
     assert result.exit_code == ExitCode.OK, result.output
     assert "were done before" in result.stderr
-    assert [row["n"] for row in rows_of(out)] == [str(n) for n in range(100)]
+    assert [row["n"] for row in rows_of(out)] == [str(n) for n in range(1000)]
 
 
 async def test_interrupted_it_says_how_to_go_on(
