@@ -228,6 +228,17 @@ async def test_json_lines_in_and_out(client: FakeClient, spec: BatchSpec, tmp_pa
     assert (second["label"], second["error"]) == (None, "line 2: is not UTF-8")
 
 
+async def test_every_key_of_json_lines_is_a_column(
+    client: FakeClient, spec: BatchSpec, tmp_path: Path
+) -> None:
+    source = tmp_path / "in.jsonl"
+    source.write_text('{"text": "good"}\n{"error": "mine", "text": "bad"}\n', encoding="utf-8")
+    await classify_file(classifier_of(client), replace(spec, source=source))
+    first, second = rows_of(spec.out)
+    assert (first["error"], second["error"], second["sentiment_error"]) == ("", "mine", "")
+    assert (first["sentiment_label"], second["sentiment_label"]) == ("positive", "negative")
+
+
 async def test_what_the_model_writes_is_no_formula(client: FakeClient, spec: BatchSpec) -> None:
     spec.source.write_text("n,text\n0,=good\n", encoding="utf-8")
     client.answer = lambda _: ' positive\nExplanation: =HYPERLINK("x")'
