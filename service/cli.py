@@ -30,7 +30,9 @@ class CommandEntry:
 COMMANDS = (
     CommandEntry("Server", "serve", "Start the gRPC server."),
     CommandEntry("Client", "generate", "Stream one completion in the terminal."),
-    CommandEntry("Client", "score", "Say how likely the model finds each of several continuations."),
+    CommandEntry(
+        "Client", "score", "Say how likely the model finds each of several continuations."
+    ),
     CommandEntry("Client", "models", "Show what a server is serving, its limits and its health."),
     CommandEntry(
         "Machine",
