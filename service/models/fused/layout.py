@@ -29,7 +29,7 @@ DENSE_DTYPES: dict[WeightType, torch.dtype] = {
     "fp16": torch.float16,
     "bf16": torch.bfloat16,
 }
-_SLICE_ELEMENTS = 1 << 23  # 32 MiB of float32
+_SLICE_ELEMENTS = 1 << 20  # 4 MiB of float32
 
 
 def build_weight(
