@@ -81,9 +81,7 @@ def split_windows(
     Those of fewer than `least` tokens are left out: nothing in one of a single token is predicted.
     """
     windows = [
-        list(ids[start : start + width])
-        for ids in documents
-        for start in range(0, len(ids), width)
+        list(ids[start : start + width]) for ids in documents for start in range(0, len(ids), width)
     ]
     return [window for window in windows if len(window) >= least]
 
@@ -95,7 +93,7 @@ def measure_perplexity(
     documents: Sequence[Sequence[int]],
     *,
     kv_dtype: torch.dtype = torch.float32,
-    on_progress: Callable[[int], None] = lambda tokens: None,
+    on_progress: Callable[[int], None] = lambda _: None,
 ) -> Perplexity:
     """Of the documents' tokens, each window's first excluded, given those before it in its window.
 
