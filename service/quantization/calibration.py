@@ -166,7 +166,7 @@ class Activations:
         )
         width = heads * head_dim
         query, key, value, inner = torch.split(
-            projected, (width, width, width, geometry.inner_size), dim=1
+            projected, [width, width, width, geometry.inner_size], dim=1
         )
         positions = self._positions[start:stop]
         cos, sin = self._cos[positions], self._sin[positions]

@@ -117,7 +117,7 @@ class TorchModel:
         )
         heads, head_dim = self._geometry.num_heads, self._geometry.head_dim
         width = heads * head_dim
-        sizes = (width, width, width, self._geometry.inner_size)
+        sizes = [width, width, width, self._geometry.inner_size]
         query, key, value, inner = torch.split(projected, sizes, dim=1)
         shape = (-1, heads, head_dim)
         return query.reshape(shape), key.reshape(shape), value.reshape(shape), inner
