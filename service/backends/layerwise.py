@@ -63,10 +63,11 @@ def last_logits(
     device: torch.device,
 ) -> list[torch.Tensor]:
     """Logits [wanted[i], V] float32 on the CPU, of the last positions of each sequence."""
-    model = _one_block(source.config).to(device)
+    model = _one_block(source.config)
+    buffers = {name: buffer.to(device) for name, buffer in model.named_buffers()}
     hidden = [_move(source.embed(torch.tensor(list(ids))), device) for ids in sequences]
     for layer in source.layers():
-        weights = {f"h.0.{name}": _move(tensor, device) for name, tensor in layer.items()}
+        weights = {f"h.0.{name}": _move(tensor, device) for name, tensor in layer.items()} | buffers
         hidden = [_through(model, weights, states) for states in hidden]
         del weights
     ends = torch.cat([states[-count:] for states, count in zip(hidden, wanted, strict=True)])
@@ -86,9 +87,7 @@ class StoredWeights:
 
     def __init__(self, checkpoint: Checkpoint, config: Any) -> None:
         self.config = config
-        self._files = TensorFiles(
-            checkpoint, prefix=families.PREFIX, unprefixed=("lm_head.",)
-        )
+        self._files = TensorFiles(checkpoint, prefix=families.PREFIX, unprefixed=("lm_head.",))
         ties = families.tied(self._files.infos, bool(config.tie_word_embeddings))
         self._embedding = ties.get(families.EMBEDDING, families.EMBEDDING)
         self._head = ties.get(families.LM_HEAD, families.LM_HEAD)
@@ -181,6 +180,8 @@ def _gptj_config(geometry: BlockGeometry) -> GPTJConfig:
         rotary_dim=geometry.rotary_dim,
         layer_norm_epsilon=geometry.layer_norm_eps,
         activation_function="gelu_new",
+        bos_token_id=None,
+        eos_token_id=None,
     )
 
 
@@ -196,9 +197,7 @@ def _one_block(config: Any) -> Any:
     return model.eval()
 
 
-def _through(
-    model: Any, weights: Mapping[str, torch.Tensor], states: torch.Tensor
-) -> torch.Tensor:
+def _through(model: Any, weights: Mapping[str, torch.Tensor], states: torch.Tensor) -> torch.Tensor:
     """States [T, hidden] through the one block with these weights."""
     cache = DynamicCache(config=model.config)
     parts = []

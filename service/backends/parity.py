@@ -28,6 +28,7 @@ from gptjet.service.engine.backend import (
     ScheduledBatch,
     ScoreJob,
 )
+from gptjet.service.engine.errors import BackendLoadError
 from gptjet.service.engine.sequence import Sequence as EngineSequence
 
 _STEPS = 16
@@ -39,6 +40,14 @@ _FP32_TOLERANCE = 1e-4
 _SAFETY = 8.0
 # The error of a row with NaN or infinity in it: JSON has no word for infinity.
 _NOT_FINITE = 1e9
+
+
+class ParityFailedError(BackendLoadError):
+    """A fast path does not compute what transformers computes, and nothing may stand in for it."""
+
+    def __init__(self, message: str, verdict: ParityVerdict) -> None:
+        super().__init__(message)
+        self.verdict = verdict
 
 
 class StepModel(Protocol):

@@ -85,16 +85,12 @@ class FusedBackend:
         for sequence in sequences:
             token_ids = (sequence.last_token_id, *sequence.draft_token_ids)
             start = sequence.num_tokens - 1
-            segments.append(
-                Segment(token_ids, start, sequence.block_table, wanted=len(token_ids))
-            )
+            segments.append(Segment(token_ids, start, sequence.block_table, wanted=len(token_ids)))
         return _owned(self._runner.run(segments))
 
     def score(self, job: ScoreJob) -> Generator[None, None, tuple[torch.Tensor, ...]]:
         """See Backend; `job.block_table` must hold the blocks that ScoreJob describes."""
-        return score(
-            self._runner, job, self._spec.max_prefill_tokens or self._runner.max_tokens
-        )
+        return score(self._runner, job, self._spec.max_prefill_tokens or self._runner.max_tokens)
 
     def release(self, sequence: Sequence) -> None:
         """Nothing: the blocks are the block manager's."""

@@ -30,9 +30,7 @@ def score(
             f"last one must be computed, for the logits that follow it"
         )
     prompt_table, tables = _block_tables(job)
-    whole = Segment(
-        prompt[job.num_cached_tokens :], job.num_cached_tokens, prompt_table, wanted=1
-    )
+    whole = Segment(prompt[job.num_cached_tokens :], job.num_cached_tokens, prompt_table, wanted=1)
     first_row: torch.Tensor | None = None
     for piece in _pieces(whole, max_tokens):
         if first_row is not None:
@@ -120,7 +118,9 @@ def _passes(
     return passes
 
 
-def _next_tokens(candidate: tuple[int, ...], segment: Segment, prompt_length: int) -> tuple[int, ...]:
+def _next_tokens(
+    candidate: tuple[int, ...], segment: Segment, prompt_length: int
+) -> tuple[int, ...]:
     """What follows each token of a candidate's segment."""
     first = segment.start - prompt_length + 1
     return candidate[first : first + len(segment.token_ids)]
