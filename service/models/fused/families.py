@@ -53,7 +53,7 @@ class Family:
 
 
 def _split_codegen(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Rows of qkv_proj [3 * hidden, hidden]: of each group its q, its v and its k, in that order."""
+    """Of qkv_proj [3 * hidden, hidden]: each group holds its q, its v and its k, in that order."""
     (stored,) = tensors
     hidden = stored.shape[1]
     query, value, key = stored.view(CODEGEN_GROUPS, 3, -1, hidden).unbind(1)

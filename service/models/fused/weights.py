@@ -27,6 +27,7 @@ from gptjet.service.models.fused.layout import (
     WeightType,
     build_weight,
     check_finite,
+    is_finite,
 )
 from gptjet.service.models.fused.tensors import TensorFiles
 
@@ -186,7 +187,7 @@ def _embedding(stored: torch.Tensor, weight_type: WeightType, name: str) -> torc
     """
     if weight_type != "fp32":
         embedding = torch.empty(stored.shape, dtype=torch.float16).copy_(stored)
-        if torch.isfinite(embedding.sum(dtype=torch.float64)):
+        if is_finite(embedding):
             return embedding
     embedding = torch.empty(stored.shape, dtype=torch.float32).copy_(stored)
     check_finite(embedding, name, stored.dtype)
