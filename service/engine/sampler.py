@@ -117,25 +117,31 @@ class Sampler:
         return SampledTokens(token_ids, logprobs)
 
     def prompt_logprobs(
-        self, prompt_logits: torch.Tensor, state: SamplingState
+        self,
+        prompt_logits: torch.Tensor,
+        state: SamplingState,
+        start: int = 0,
+        end: int | None = None,
     ) -> tuple[TokenLogprob, ...]:
-        """Log-probabilities of the L prompt tokens; the first token has none.
+        """Log-probabilities of prompt tokens from the logits of tokens [start, end) of L.
 
-        prompt_logits: [L - 1, V] float32, row i being the distribution of prompt token i + 1.
+        prompt_logits: [N, V] float32, row i being the distribution of prompt token start + i + 1;
+        N is end - start, and one less where `end` is L (or None). One entry a row, and before them
+        that of the first token, which has none, where `start` is 0.
         Raises NonFiniteLogitsError with the rows of `prompt_logits` that are not usable.
         """
-        token_ids = state.prompt_token_ids
-        if prompt_logits.shape != (len(token_ids) - 1, self._vocab_size):
+        token_ids = state.prompt_token_ids[start + 1 : None if end is None else end + 1]
+        if prompt_logits.shape != (len(token_ids), self._vocab_size):
             raise ValueError(
-                f"prompt_logits must be [{len(token_ids) - 1}, {self._vocab_size}], "
+                f"prompt_logits must be [{len(token_ids)}, {self._vocab_size}], "
                 f"got {list(prompt_logits.shape)}"
             )
-        entries = [TokenLogprob(token_ids[0], None)]
+        entries = [] if start else [TokenLogprob(state.prompt_token_ids[0], None)]
         num_top = state.params.logprobs or 0
         _raise_for(_unusable(prompt_logits).tolist())
         for rows in _passes(prompt_logits):
             part = prompt_logits[rows].detach().to(torch.float32)
-            ids = torch.tensor(token_ids[1:][rows], device=part.device)
+            ids = torch.tensor(token_ids[rows], device=part.device)
             entries += _token_logprobs(part, ids, [num_top] * len(part))
         return tuple(entries)
 
