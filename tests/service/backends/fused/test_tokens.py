@@ -71,9 +71,7 @@ def test_tokens_equal_to_the_end_of_the_context_alone_and_together(
         alone.run()
         assert alone.tokens[key, 0] == tokens
     together = drive(loaded, prefix_cache=False)
-    keys = [
-        together.add(p, max_new_tokens=len(t)) for p, t in zip(texts, expected, strict=True)
-    ]
+    keys = [together.add(p, max_new_tokens=len(t)) for p, t in zip(texts, expected, strict=True)]
     together.run()
     assert [together.tokens[key, 0] for key in keys] == expected
     alone.check_nothing_is_held()
