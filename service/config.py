@@ -48,8 +48,8 @@ class ServerConfig(BaseModel):
     backend: str = Field(
         default="auto",
         min_length=1,
-        description="auto, fused, deepspeed, huggingface or mock (auto takes the first of the first "
-        "three that loads the model and computes what transformers computes)",
+        description="fused, deepspeed, huggingface or mock; auto takes the first of the three that "
+        "loads the model and computes what transformers computes",
     )
     device: str = Field(
         default="auto", min_length=1, description="auto (a GPU if there is one), cpu, cuda, cuda:1"

@@ -81,7 +81,7 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def choose_weight_type(name: str, device: torch.device, stored: str | None = None) -> str:
-    """As `choose_dtype`, and "int8" and "int4" too: "float32", "float16", "bfloat16" or one of them.
+    """As `choose_dtype`, by name ("float32", "float16", "bfloat16"), and "int8" and "int4" too.
 
     `stored` is the type of a checkpoint that is quantised already, which no other name can change.
     Raises BackendLoadError.

@@ -103,11 +103,11 @@ def _load_auto(options: LoadOptions) -> LoadedModel:
 
 BACKENDS: dict[str, BackendEntry] = {
     "auto": BackendEntry(
-        "fused, else deepspeed (GPU only), else huggingface: the first that loads and passes parity",
+        "fused, deepspeed (GPU only) or huggingface: the first that loads and passes parity",
         _load_auto,
     ),
     "fused": BackendEntry(
-        "our own GPT-J and CodeGen under continuous batching; FP32, FP16, INT8, INT4; proven at load",
+        "our own GPT-J and CodeGen, continuous batching, FP32 to INT4; proven at load",
         _load_fused,
     ),
     "mock": BackendEntry(

@@ -88,8 +88,11 @@ def tolerance(dtype: torch.dtype, layers: int) -> float:
     FP32 is held to 1e-4 whatever the depth.
     """
     roundoff = _UNIT_ROUNDOFF.get(dtype)
-    if roundoff is None:
-        return _FP32_TOLERANCE
+    return _FP32_TOLERANCE if roundoff is None else rounding_tolerance(roundoff, layers)
+
+
+def rounding_tolerance(roundoff: float, layers: int) -> float:
+    """The same for activations rounded twice a layer by `roundoff` of their size: see tolerance."""
     return _SAFETY * roundoff * math.sqrt(2 * layers)
 
 

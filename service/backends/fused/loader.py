@@ -202,7 +202,7 @@ def _prove(
     limits: dict[str, int],
 ) -> ParityVerdict:
     runner = proof.probe_runner(computer, plan.geometry, plan.device, plan.prompts, **limits)
-    verdict = proof.judge(runner, references, plan.weight_type, plan.geometry.num_layers)
+    verdict = proof.judge(runner, references, plan.weight_type, computer.kv_dtype)
     lengths = ", ".join(str(len(prompt)) for prompt in plan.prompts)
     return dataclasses.replace(
         verdict,

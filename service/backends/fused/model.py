@@ -35,7 +35,7 @@ _COMPUTE = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 class Computer:
     """A model ready to compute.
 
-    kv_dtype           of its KV cache
+    kv_dtype           of its KV cache, and what it computes in
     is_batch_invariant what it computes for a token never depends on the other tokens of a pass
     description        of what computes, for people
     """
@@ -85,6 +85,10 @@ def build_model(
             f"PyTorch {torch.__version__} on {num_threads} threads, as there are no kernels for "
             f"this CPU ({reason})",
         )
+    except (ValueError, MemoryError) as error:
+        raise BackendLoadError(
+            f"the CPU kernels cannot take the weights: {one_line(error)}"
+        ) from error
     return Computer(native, torch.float32, True, f"CPU kernels on {num_threads} threads")
 
 
