@@ -23,7 +23,9 @@ ENV_PREFIX = "GPTJET_"
 CONFIG_FILE_VARIABLE = "GPTJET_CONFIG"
 # Which server `gptjet generate` and the other callers ask; no setting of a server.
 SERVER_VARIABLE = "GPTJET_SERVER"
-_NOT_SETTINGS = frozenset((CONFIG_FILE_VARIABLE, SERVER_VARIABLE))
+# How the CPU kernels are compiled: the kernels read it themselves.
+_CPU_ISA_VARIABLE = "GPTJET_CPU_ISA"
+_NOT_SETTINGS = frozenset((CONFIG_FILE_VARIABLE, SERVER_VARIABLE, _CPU_ISA_VARIABLE))
 
 _ENGINE_DEFAULTS = EngineConfig()
 _MIB = 1024 * 1024
