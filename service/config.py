@@ -111,6 +111,19 @@ class ServerConfig(BaseModel):
     max_n: int = Field(
         default=_ENGINE_DEFAULTS.max_n, ge=1, le=256, description="largest n of a request"
     )
+    prefix_cache: bool = Field(
+        default=_ENGINE_DEFAULTS.prefix_cache,
+        description="keep the KV cache of prompts, so that one that begins alike is answered "
+        "sooner (on backends with a paged KV cache)",
+    )
+    max_prefill_tokens: int | None = Field(
+        default=_ENGINE_DEFAULTS.max_prefill_tokens,
+        ge=1,
+        le=1_000_000,
+        description="most prompt tokens computed between two tokens of the running streams; fewer "
+        "keep those steadier, more finish prompts sooner (unset: the backend's own limit, which "
+        "this cannot raise)",
+    )
 
     # Network
     host: str = Field(
@@ -188,7 +201,11 @@ class ServerConfig(BaseModel):
     def engine(self) -> EngineConfig:
         """The part that is the engine's."""
         return EngineConfig(
-            max_queue_size=self.max_queue_size, max_n=self.max_n, max_sequences=self.max_sequences
+            max_queue_size=self.max_queue_size,
+            max_n=self.max_n,
+            max_sequences=self.max_sequences,
+            prefix_cache=self.prefix_cache,
+            max_prefill_tokens=self.max_prefill_tokens,
         )
 
 

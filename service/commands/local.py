@@ -129,4 +129,12 @@ def _summary(summary: RequestSummary) -> client.GenerationSummary:
             for sequence in summary.sequences
         ),
         seed=summary.seed,
+        cached_prompt_tokens=summary.cached_prompt_tokens,
+        speculation=client.Speculation(
+            drafted_tokens=summary.speculation.drafted_tokens,
+            accepted_tokens=summary.speculation.accepted_tokens,
+            decode_steps=summary.speculation.decode_steps,
+        )
+        if summary.speculation is not None
+        else None,
     )

@@ -38,7 +38,13 @@ _PANELS = {
         "kv_cache_tokens",
         "strict_parity",
     ),
-    "Limits": ("max_sequences", "max_queue_size", "max_n"),
+    "Limits": (
+        "max_sequences",
+        "max_queue_size",
+        "max_n",
+        "prefix_cache",
+        "max_prefill_tokens",
+    ),
     "Network": (
         "host",
         "port",

@@ -246,11 +246,15 @@ def test_logprobs_of_an_echoed_prompt_are_the_same_in_chunks_of_any_size() -> No
         assert len(chunked[0].logprobs) == 11
 
 
-def test_a_deadline_in_the_middle_of_a_chunked_prefill_frees_its_blocks() -> None:
+def test_a_deadline_in_the_middle_of_a_chunked_prefill_frees_its_blocks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     engine = make_engine(RecordingBackend(max_prefill_tokens=4))
-    add(engine, "a long prompt", max_new_tokens=4, deadline_ns=time.monotonic_ns() + 5_000_000)
+    in_an_hour = time.monotonic_ns() + 3600 * 10**9
+    add(engine, "a long prompt", max_new_tokens=4, deadline_ns=in_an_hour)
     engine.step()
-    time.sleep(0.006)
+    assert engine.scheduler.prefilling
+    monkeypatch.setattr("time.monotonic_ns", lambda: in_an_hour)
     ((_, output),) = engine.step()
     assert output.finish_reason is FinishReason.DEADLINE
     assert output.summary is not None
