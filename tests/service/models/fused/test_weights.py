@@ -403,5 +403,5 @@ def test_loading_peaks_below_the_model_and_one_shard(
         timeout=120,
     )
     model_bytes, resident = map(int, result.stdout.split())
-    # 32 MiB: slices in float32 beside what they become
-    assert resident < model_bytes + shard + 32 * MIB
+    # 48 MiB: slices in float32 beside what they become, and what the allocator keeps of them
+    assert resident < model_bytes + shard + 48 * MIB
