@@ -66,8 +66,8 @@ class ServerConfig(BaseModel):
         default=None,
         ge=1,
         le=1024,
-        description="cores that a model on the CPU keeps busy (unset: those this process may use, "
-        "by its affinity and its container's quota)",
+        description="cores that a model on the CPU keeps busy (unset: OMP_NUM_THREADS, else those "
+        "this process may use, by its affinity and its container's quota)",
     )
     deterministic: bool = Field(
         default=False,

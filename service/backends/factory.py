@@ -29,7 +29,7 @@ class LoadOptions:
     kv_cache_tokens   tokens all sequences together may hold; None sizes it by free memory
     progress          draw progress bars, where stderr is a terminal
     strict_parity     refuse a fast path that differs from transformers, instead of falling back
-    cpu_threads       cores that a model on the CPU keeps busy; None for those this process may use
+    cpu_threads       cores that a model on the CPU keeps busy; None: see threads.choose_cpu_threads
     deterministic     what a sequence gets never depends on what else is computed with it, also
                       where the fused backend has no kernels that promise it; slow there
     """

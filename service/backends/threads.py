@@ -9,13 +9,17 @@ _CGROUP = Path("/sys/fs/cgroup")
 
 
 def choose_cpu_threads(setting: int | None = None, cgroup: Path = _CGROUP) -> int:
-    """`setting`, or one for each core this process may use: affinity, and a container's quota.
+    """`setting`, else OMP_NUM_THREADS, else one for each core that this process may use.
 
-    `cgroup` is the cgroup v2 folder of this container. A quota of 2.5 cores is 2 threads: a third
-    would be stopped for half of each period, and the others wait for it at every layer.
+    Those are what affinity and a container's quota leave; `cgroup` is the container's cgroup v2
+    folder. A quota of 2.5 cores is 2 threads: a third would be stopped for half of each period, and
+    the others wait for it at every layer.
     """
     if setting is not None:
         return setting
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    if asked.isdigit() and int(asked) > 0:
+        return int(asked)
     try:
         cores = len(os.sched_getaffinity(0))
     except AttributeError:  # not Linux

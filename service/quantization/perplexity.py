@@ -81,9 +81,7 @@ def split_windows(
     Those of fewer than `least` tokens are left out: nothing in one of a single token is predicted.
     """
     windows = [
-        list(ids[start : start + width])
-        for ids in documents
-        for start in range(0, len(ids), width)
+        list(ids[start : start + width]) for ids in documents for start in range(0, len(ids), width)
     ]
     return [window for window in windows if len(window) >= least]
 

@@ -23,9 +23,13 @@ class FusedBackend:
     sharing, preempting and forgetting blocks is the block manager's business alone.
     """
 
-    def __init__(self, runner: ModelRunner, spec: BackendSpec) -> None:
+    def __init__(
+        self, runner: ModelRunner, spec: BackendSpec, *, torch_threads: int | None = None
+    ) -> None:
+        """`torch_threads` is what PyTorch has again once this is closed."""
         self._runner = runner
         self._spec = spec
+        self._torch_threads = torch_threads
 
     @property
     def spec(self) -> BackendSpec:
@@ -98,6 +102,8 @@ class FusedBackend:
     def close(self) -> None:
         """Give the KV cache and the weights back."""
         self._runner.close()
+        if self._torch_threads is not None:
+            torch.set_num_threads(self._torch_threads)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 

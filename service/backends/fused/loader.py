@@ -90,23 +90,41 @@ def load(options: LoadOptions) -> LoadedModel:
     threads = torch.get_num_threads()
     if device.type == "cpu":
         torch.set_num_threads(plan.num_threads)
+    try:
+        served = _load_and_prove(options, plan, threads)
+    except BaseException:
+        torch.set_num_threads(threads)
+        raise
+    if isinstance(served, ParityVerdict):
+        torch.set_num_threads(threads)
+        return _fall_back(options, plan, served)
+    return LoadedModel(served, tokenizer)
+
+
+def _load_and_prove(
+    options: LoadOptions, plan: _Plan, torch_threads: int
+) -> FusedBackend | ParityVerdict:
+    """The backend, or the verdict it failed with, its memory given back."""
     references = _record(plan)
     weights = _load_weights(plan, progress=options.progress)
-    computer = build_model(weights, plan.weight_type, device, num_threads=plan.num_threads)
+    computer = build_model(weights, plan.weight_type, plan.device, num_threads=plan.num_threads)
     del weights
     limits = _limits(options, plan, computer)
-    verdict = _prove(plan, computer, references, limits)
-    if verdict.status is not ParityStatus.PASSED:
+    try:
+        verdict = _prove(plan, computer, references, limits)
+        if verdict.status is not ParityStatus.PASSED:
+            computer.model.close()
+            return verdict
+        logger.info("parity with transformers passed: %s", verdict.detail)
+        runner, spec = _serve(options, plan, computer, verdict, limits)
+    except BaseException:
         computer.model.close()
-        torch.set_num_threads(threads)
-        del computer
-        return _fall_back(options, plan, verdict)
-    logger.info("parity with transformers passed: %s", verdict.detail)
-    if computer.is_batch_invariant and device.type == "cpu":
+        raise
+    if computer.is_batch_invariant and plan.device.type == "cpu":
         # The kernels have threads of their own. PyTorch's would wait for work by spinning, on the
         # same cores, and what is left for them (sampling) is small.
         torch.set_num_threads(1)
-    return LoadedModel(_serve(options, plan, computer, verdict, limits), tokenizer)
+    return FusedBackend(runner, spec, torch_threads=torch_threads)
 
 
 def _plan(options: LoadOptions, checkpoint: Checkpoint, device: torch.device) -> _Plan:
@@ -217,7 +235,7 @@ def _serve(
     computer: Computer,
     verdict: ParityVerdict,
     limits: dict[str, int],
-) -> FusedBackend:
+) -> tuple[ModelRunner, BackendSpec]:
     """Give the KV cache what memory is left after the probes have run."""
     geometry, device = plan.geometry, plan.device
     if device.type == "cuda":
@@ -254,7 +272,7 @@ def _serve(
         ),
         parity=verdict,
     )
-    return FusedBackend(ModelRunner(computer.model, geometry, cache, **limits), spec)
+    return ModelRunner(computer.model, geometry, cache, **limits), spec
 
 
 def _fall_back(options: LoadOptions, plan: _Plan, verdict: ParityVerdict) -> LoadedModel:

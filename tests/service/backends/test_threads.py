@@ -12,6 +12,7 @@ from gptjet.service.backends.threads import choose_cpu_threads
 
 @pytest.fixture
 def eight_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
 
 
@@ -35,6 +36,16 @@ def test_threads_are_the_cores_that_affinity_and_quota_leave(
 
 
 @pytest.mark.usefixtures("eight_cores")
-def test_machine_without_cgroups_gives_all_its_cores_and_a_setting_wins(tmp_path: Path) -> None:
+def test_machine_without_cgroups_gives_all_its_cores(tmp_path: Path) -> None:
     assert choose_cpu_threads(cgroup=tmp_path) == 8
+
+
+@pytest.mark.usefixtures("eight_cores")
+def test_setting_wins_over_the_environment_and_that_over_the_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")
+    assert choose_cpu_threads(cgroup=tmp_path) == 5
     assert choose_cpu_threads(3, cgroup=tmp_path) == 3
+    monkeypatch.setenv("OMP_NUM_THREADS", "4,2")  # of nested regions, which this has not
+    assert choose_cpu_threads(cgroup=tmp_path) == 8
