@@ -79,7 +79,7 @@ def last_logits(
         torch.nn.functional.linear(ends, _move(weight, device), _move(bias, device)).cpu()
         for weight, bias in source.head()
     ]
-    return list(torch.cat(columns, dim=1).split(list(wanted)))
+    return list(torch.split(torch.cat(columns, dim=1), list(wanted)))
 
 
 class StoredWeights:
@@ -114,7 +114,8 @@ class StoredWeights:
         """See WeightSource."""
         with self._files.open([self._head, families.LM_HEAD_BIAS]) as held:
             weight, bias = held[self._head], held[families.LM_HEAD_BIAS]
-            yield from zip(weight.split(_HEAD_ROWS), bias.split(_HEAD_ROWS), strict=True)
+            rows = (torch.split(tensor, _HEAD_ROWS) for tensor in (weight, bias))
+            yield from zip(*rows, strict=True)
 
 
 class FusedValues:
@@ -147,10 +148,10 @@ class FusedValues:
 
 def _split_layer(layer: LayerWeights, geometry: BlockGeometry) -> dict[str, torch.Tensor]:
     width = geometry.num_heads * geometry.head_dim
-    query, key, value, fc_in = dequantize(layer.w_in).split(
-        (width, width, width, geometry.inner_size)
+    query, key, value, fc_in = torch.split(
+        dequantize(layer.w_in), (width, width, width, geometry.inner_size)
     )
-    out_proj, fc_out = dequantize(layer.w_out).split((width, geometry.inner_size), dim=1)
+    out_proj, fc_out = torch.split(dequantize(layer.w_out), (width, geometry.inner_size), dim=1)
     return {
         "ln_1.weight": layer.norm_weight,
         "ln_1.bias": layer.norm_bias,
@@ -191,7 +192,8 @@ def _one_block(config: Any) -> Any:
     config.n_layer = 1
     config._attn_implementation = "eager"
     with quiet_transformers(), accelerate.init_empty_weights(include_buffers=False):
-        model = AutoModel.from_config(config, dtype=torch.float32)
+        auto: Any = AutoModel
+        model = auto.from_config(config, dtype=torch.float32)
     model.ln_f = torch.nn.Identity()
     del model.wte  # inputs are embedded already
     return model.eval()
@@ -201,7 +203,7 @@ def _through(model: Any, weights: Mapping[str, torch.Tensor], states: torch.Tens
     """States [T, hidden] through the one block with these weights."""
     cache = DynamicCache(config=model.config)
     parts = []
-    for part in states.split(_CHUNK):
+    for part in torch.split(states, _CHUNK):
         output = torch.func.functional_call(
             model,
             dict(weights),

@@ -61,7 +61,7 @@ def score(
         chosen = rows.gather(1, torch.tensor(targets, device=rows.device).unsqueeze(1)).squeeze(1)
         logprobs = chosen - rows.logsumexp(1)
         sizes = [len(segment.token_ids) for segment in segments_now]
-        for owner, part in zip(owners_now, logprobs.split(sizes), strict=True):
+        for owner, part in zip(owners_now, torch.split(logprobs, sizes), strict=True):
             found[owner].append(part)
     return tuple(torch.cat(parts).float() for parts in found)
 
