@@ -10,7 +10,6 @@ import torch
 from gptjet.kernels.batch import BLOCK_SIZE, BlockGeometry, ForwardBatch
 from gptjet.kernels.cpu import library as native
 from gptjet.kernels.weights import (
-    INT4_GROUP,
     DenseWeight,
     HeadWeights,
     Int4Weight,
@@ -22,6 +21,9 @@ from gptjet.kernels.weights import (
 MAX_THREADS = 256
 MAX_INT4_GROUP = 4096
 """Input features in a group whose dot product of 4-bit by 16-bit numbers fits 32 bits."""
+
+INT8_GROUP = 128
+"""Input features that share a scale of the activations beside INT8 weights."""
 
 _SLICE_VALUES = 1 << 22
 """Values converted at once while packing, so that no second copy of a weight arises."""
@@ -38,7 +40,7 @@ class CpuModel:
 
     def __init__(self, library: native.Library, geometry: BlockGeometry, handle: int) -> None:
         self._library = library
-        self._geometry = geometry
+        self.geometry = geometry
         self._handle: int | None = handle
         self._kv_tail = (geometry.num_heads, BLOCK_SIZE, geometry.head_dim)
         self._batch = native.Batch()
@@ -125,18 +127,18 @@ class CpuModel:
         if (
             kv_cache.dtype != torch.float32
             or len(shape) != 6
-            or shape[0] != self._geometry.num_layers
+            or shape[0] != self.geometry.num_layers
             or shape[1] != 2
             or tuple(shape[3:]) != self._kv_tail
             or not kv_cache.is_contiguous()
         ):
             raise ValueError(
-                f"kv_cache must be contiguous float32 [{self._geometry.num_layers}, 2, blocks, "
+                f"kv_cache must be contiguous float32 [{self.geometry.num_layers}, 2, blocks, "
                 f"{', '.join(map(str, self._kv_tail))}], not {kv_cache.dtype} {list(shape)}"
             )
         if any(tensor.device.type != "cpu" for tensor in (tokens, positions, index, tables, rows, kv_cache)):
             raise ValueError("the batch and kv_cache must be on the CPU")
-        logits = torch.empty(rows.shape[0], self._geometry.vocab_size)
+        logits = torch.empty(rows.shape[0], self.geometry.vocab_size)
         call = self._batch
         call.token_ids = tokens.data_ptr()
         call.positions = positions.data_ptr()
@@ -169,7 +171,7 @@ class CpuModel:
         return self._handle
 
     def _refuse(self, result: int, where: int, batch: ForwardBatch, num_blocks: int) -> None:
-        limits = self._geometry
+        limits = self.geometry
         if result == native.NO_MEMORY:
             raise MemoryError("no memory for the pass")
         if result == native.BAD_TOKEN:
@@ -202,7 +204,7 @@ class CpuModel:
         raise ValueError(message)
 
     def _set_head(self, head: HeadWeights, half: bool) -> None:
-        sizes = self._geometry
+        sizes = self.geometry
         _check_shape("embedding", head.embedding, (sizes.vocab_size, sizes.hidden_size))
         dtype = torch.float16 if half else torch.float32
         for begin, rows in _slices(head.embedding):
@@ -216,7 +218,7 @@ class CpuModel:
         self._library.set_rotary(self._handle, cosine.data_ptr(), sine.data_ptr())
 
     def _set_layer(self, index: int, layer: LayerWeights) -> None:
-        sizes = self._geometry
+        sizes = self.geometry
         attention = sizes.num_heads * sizes.head_dim
         self._set_norm(index, layer.norm_weight, layer.norm_bias)
         w_in = (3 * attention + sizes.inner_size, sizes.hidden_size)
@@ -227,7 +229,7 @@ class CpuModel:
     def _set_norm(self, layer: int, weight: torch.Tensor, bias: torch.Tensor) -> None:
         name = "final LayerNorm" if layer < 0 else f"layer {layer}: LayerNorm"
         for tensor in (weight, bias):
-            _check_shape(name, tensor, (self._geometry.hidden_size,))
+            _check_shape(name, tensor, (self.geometry.hidden_size,))
         values = [tensor.float().contiguous() for tensor in (weight, bias)]
         self._library.set_norm(self._handle, layer, values[0].data_ptr(), values[1].data_ptr())
 
@@ -295,7 +297,7 @@ def _kind(name: str, weight: Weight) -> tuple[int, int]:
         if weight.quantized.dtype != torch.int8:
             raise ValueError(f"{name}.quantized is {weight.quantized.dtype}, not int8")
         _check_shape(f"{name}.scale", weight.scale, (outputs,))
-        return native.INT8, INT4_GROUP
+        return native.INT8, INT8_GROUP
     if weight.packed.dtype != torch.uint8:
         raise ValueError(f"{name}.packed is {weight.packed.dtype}, not uint8")
     if not 1 <= weight.group <= MAX_INT4_GROUP:

@@ -98,6 +98,14 @@ static float exponentials(float *scores, int length, size_t padded) {
     return 1.0f / vsum(sum);
 }
 
+/* A block of one head is 16 rows together, but the next one stands elsewhere: the processor's own
+ * prefetcher begins anew with each. */
+GJ_INLINE void prefetch_block(const gj_attention *a, const float *data, int begin, int length) {
+    if (begin >= length) return;
+    const float *block = data + (size_t)a->block_table[begin / GJ_BLOCK] * a->block_stride;
+    for (int i = 0; i < GJ_BLOCK * a->head_dim; i += 16) __builtin_prefetch(block + i, 0, 3);
+}
+
 /* out[r][0 .. across * VL) = factor[r] * sum over positions of weights[r][p] * values[p]. */
 GJ_INLINE void weigh_values(const gj_attention *a, const float *weights, size_t stride,
                             const float *factor, int length, int column, float *out,
@@ -111,6 +119,7 @@ GJ_INLINE void weigh_values(const gj_attention *a, const float *weights, size_t 
         const float *value =
             a->values + (size_t)a->block_table[begin / GJ_BLOCK] * a->block_stride + column;
         int count = length - begin < GJ_BLOCK ? length - begin : GJ_BLOCK;
+        if (rows == 1 && column == 0) prefetch_block(a, a->values, begin + GJ_BLOCK, length);
         for (int p = 0; p < count; p++, value += a->head_dim) {
             vfloat v[4];
 #pragma GCC unroll 4
@@ -130,16 +139,21 @@ GJ_INLINE void weigh_values(const gj_attention *a, const float *weights, size_t 
             vstore(out + (size_t)r * a->out_stride + column + j * VL, sum[r][j] * vsplat(factor[r]));
 }
 
-/* The features that fill no vector. */
+/* The features that fill no vector, in one that is filled up with zeros. (A plain loop over the
+ * positions may be compiled in two halves that round differently, and where one ends and the other
+ * begins would depend on the length.) */
 static void weigh_rest(const gj_attention *a, const float *weights, float factor, int length,
                        int column, float *out) {
-    for (int d = column; d < a->head_dim; d++) {
-        float sum = 0;
-        for (int p = 0; p < length; p++)
-            sum += weights[p] * a->values[(size_t)a->block_table[p / GJ_BLOCK] * a->block_stride +
-                                          (size_t)(p % GJ_BLOCK * a->head_dim + d)];
-        out[d] = sum * factor;
+    int count = a->head_dim - column;
+    vfloat sum = vsplat(0);
+    for (int p = 0; p < length; p++) {
+        const float *value = a->values + (size_t)a->block_table[p / GJ_BLOCK] * a->block_stride +
+                             (size_t)(p % GJ_BLOCK * a->head_dim + column);
+        sum += vsplat(weights[p]) * vload_some(value, count);
     }
+    float lanes[VL];
+    vstore(lanes, sum * vsplat(factor));
+    memcpy(out + column, lanes, (size_t)count * sizeof *lanes);
 }
 
 static void weigh_rows(const gj_attention *a, const float *weights, size_t stride,
@@ -186,11 +200,13 @@ void gj_attend(const gj_attention *a, float *scratch) {
     }
     for (int begin = 0; begin < length; begin += GJ_BLOCK) {
         const float *keys = a->keys + (size_t)a->block_table[begin / GJ_BLOCK] * a->block_stride;
+        prefetch_block(a, a->keys, begin + GJ_BLOCK, length);
         for (int r = 0; r < a->rows; r++)
             if (begin <= a->first_position + r)
                 score_block(queries + (size_t)r * dim, keys, a->head_dim,
                             scores + (size_t)r * stride + begin);
     }
+    prefetch_block(a, a->values, 0, length);
     for (int r = 0; r < a->rows; r++)
         factor[r] = exponentials(scores + (size_t)r * stride, a->first_position + r + 1, stride);
     int tiles = (a->rows + GJ_ROW_TILE - 1) / GJ_ROW_TILE;

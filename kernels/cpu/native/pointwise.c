@@ -38,9 +38,18 @@ void gj_gelu(float *x, int size) {
 void gj_rotate(float *x, int begin, int end, const float *cosine, const float *sine,
                int rotary_dim) {
     int stop = end < rotary_dim ? end : rotary_dim;
-    for (int d = begin; d < stop; d += 2) {
-        float even = x[d - begin], odd = x[d - begin + 1];
-        x[d - begin] = even * cosine[d] + odd * sine[d];
-        x[d - begin + 1] = odd * cosine[d + 1] + even * sine[d + 1];
+    x -= begin;
+    int d = begin;
+    for (; d + VL <= stop; d += VL) {
+        vfloat v = vload(x + d);
+        vstore(x + d, v * vload(cosine + d) + vswap_pairs(v) * vload(sine + d));
     }
+    if (d >= stop) return;
+    /* The last pairs in a vector too: a pair alone might be rounded in another order. */
+    int rest = stop - d;
+    vfloat v = vload_some(x + d, rest);
+    vfloat turned = v * vload_some(cosine + d, rest) + vswap_pairs(v) * vload_some(sine + d, rest);
+    float lanes[VL];
+    vstore(lanes, turned);
+    memcpy(x + d, lanes, (size_t)rest * sizeof *lanes);
 }

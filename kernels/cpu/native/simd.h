@@ -45,6 +45,18 @@ GJ_INLINE vfloat vload_some(const float *p, int n) {
     return vload(lanes);
 }
 
+/* Lanes 0 and 1 change places, 2 and 3, and so on. */
+GJ_INLINE vfloat vswap_pairs(vfloat v) {
+#if GJ_AVX512
+    return _mm512_permute_ps(v, 0xb1);
+#else
+    float lanes[VL], swapped[VL];
+    vstore(lanes, v);
+    for (int i = 0; i < VL; i++) swapped[i] = lanes[i ^ 1];
+    return vload(swapped);
+#endif
+}
+
 /* Where mask is all ones a, where it is zero b. */
 GJ_INLINE vfloat vselect(vint mask, vfloat a, vfloat b) {
     return (vfloat)(((vint)a & mask) | ((vint)b & ~mask));
