@@ -44,6 +44,9 @@ COMMANDS = (
         "at best.",
     ),
     CommandEntry(
+        "Machine", "quantize", "Write INT8 or INT4 weights, and print perplexity before and after."
+    ),
+    CommandEntry(
         "Benchmarks",
         "sweep",
         "Replay the published latency experiment: backends x weight types x lengths.",

@@ -30,7 +30,7 @@ def sample_sequences(
     starts: Sequence[Sequence[int]],
     end_ids: Sequence[int],
     max_length: int,
-    on_progress: Callable[[int], None] = lambda tokens: None,
+    on_progress: Callable[[int], None] = lambda _: None,
 ) -> list[list[int]]:
     """At least `num_tokens` tokens in sequences that the model writes, the same every time.
 
@@ -165,7 +165,9 @@ class Activations:
             scratch=self._scratch,
         )
         width = heads * head_dim
-        query, key, value, inner = projected.split((width, width, width, geometry.inner_size), 1)
+        query, key, value, inner = torch.split(
+            projected, [width, width, width, geometry.inner_size], dim=1
+        )
         positions = self._positions[start:stop]
         cos, sin = self._cos[positions], self._sin[positions]
         query = reference.rotary(query.reshape(-1, heads, head_dim), cos, sin)
@@ -176,9 +178,9 @@ class Activations:
                 q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1), is_causal=True
             ).transpose(0, 1)
             for q, k, v in zip(
-                query.split(lengths),
-                key.split(lengths),
-                value.reshape(-1, heads, head_dim).split(lengths),
+                torch.split(query, lengths),
+                torch.split(key, lengths),
+                torch.split(value.reshape(-1, heads, head_dim), lengths),
                 strict=True,
             )
         ]

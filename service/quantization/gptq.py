@@ -33,7 +33,7 @@ class Hessian:
 
     def __init__(self, inputs: int) -> None:
         self.blocks = [
-            torch.zeros(min(MAX_HESSIAN_WIDTH, inputs - start), 0).new_zeros(2 * [width])
+            torch.zeros(width, width)
             for start in range(0, inputs, MAX_HESSIAN_WIDTH)
             for width in [min(MAX_HESSIAN_WIDTH, inputs - start)]
         ]
@@ -147,6 +147,7 @@ def _inverse_factor(hessian: torch.Tensor) -> torch.Tensor:
         lower, failed = torch.linalg.cholesky_ex(damped)
         if failed:
             continue
+        upper: torch.Tensor
         upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
         if not failed:
             return upper

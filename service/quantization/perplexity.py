@@ -93,7 +93,7 @@ def measure_perplexity(
     documents: Sequence[Sequence[int]],
     *,
     kv_dtype: torch.dtype = torch.float32,
-    on_progress: Callable[[int], None] = lambda tokens: None,
+    on_progress: Callable[[int], None] = lambda _: None,
 ) -> Perplexity:
     """Of the documents' tokens, each window's first excluded, given those before it in its window.
 

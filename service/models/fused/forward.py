@@ -65,11 +65,11 @@ class TorchModel:
         """Logits [R, vocab] float32 of the tokens that batch.logits_rows names.
 
         kv_cache [layers, 2, num_blocks, heads, BLOCK_SIZE, head_dim], any float dtype: the keys and
-        values of the batch's tokens are written to it. Raises RuntimeError once closed.
+        values of the batch's tokens are written to it. Raises ValueError once closed.
         """
         head = self._head
         if head is None:
-            raise RuntimeError("the model is closed")
+            raise ValueError("the model is closed")
         positions = batch.positions.to(self._device)
         sequence_index = batch.sequence_index.to(self._device)
         block_tables = batch.block_tables.to(self._device)
@@ -117,9 +117,8 @@ class TorchModel:
         )
         heads, head_dim = self._geometry.num_heads, self._geometry.head_dim
         width = heads * head_dim
-        query, key, value, inner = projected.split(
-            (width, width, width, self._geometry.inner_size), dim=1
-        )
+        sizes = [width, width, width, self._geometry.inner_size]
+        query, key, value, inner = torch.split(projected, sizes, dim=1)
         shape = (-1, heads, head_dim)
         return query.reshape(shape), key.reshape(shape), value.reshape(shape), inner
 

@@ -6,6 +6,7 @@ are mapped, converted tensor by tensor into new memory, and unmapped before the 
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -20,6 +21,7 @@ from gptjet.service.engine.errors import BackendLoadError
 from gptjet.service.models.architecture import build_config, describe_mismatch
 from gptjet.service.models.checkpoint import Checkpoint, is_ignorable_buffer
 from gptjet.service.models.fused import families
+from gptjet.service.models.fused import recipe as recipes
 from gptjet.service.models.fused.families import Family
 from gptjet.service.models.fused.layout import (
     DENSE_DTYPES,
@@ -29,6 +31,7 @@ from gptjet.service.models.fused.layout import (
     check_finite,
     is_finite,
 )
+from gptjet.service.models.fused.quantized import QuantizedFiles
 from gptjet.service.models.fused.tensors import TensorFiles
 
 _FLOAT_DTYPES = frozenset({"F64", "F32", "F16", "BF16"})
@@ -93,7 +96,8 @@ def load_fused_weights(
 ) -> FusedWeights:
     """Check a checkpoint of the GPT-J family and lay its weights out for two passes a layer.
 
-    `weight_type` "int8" and "int4" quantise a float checkpoint on the fly (round to nearest).
+    `weight_type` "int8" and "int4" quantise a float checkpoint on the fly (round to nearest); of
+    one that `gptjet quantize` wrote it must be what it holds (`quantized_weight_type`).
     `progress` draws a bar on stderr where that is a terminal. Raises BackendLoadError in one line:
     not of the family, an unusual configuration, tensors missing, unexpected or misshapen.
     """
@@ -102,8 +106,10 @@ def load_fused_weights(
             f"unknown weight type {weight_type!r}: there are {', '.join(WEIGHT_TYPES)}"
         )
     family = families.check_family(checkpoint)
-    config = build_config(checkpoint)
+    config = build_config(checkpoint, allow_quantized=checkpoint.is_quantized)
     geometry = families.block_geometry(checkpoint, config)
+    if checkpoint.is_quantized:
+        return _load_quantized(checkpoint, config, family, geometry, weight_type, progress)
     files = TensorFiles(checkpoint, prefix=families.PREFIX, unprefixed=("lm_head.",))
     ties = families.tied(files.infos, bool(config.tie_word_embeddings))
     expected = _expected_shapes(family, geometry)
@@ -114,15 +120,56 @@ def load_fused_weights(
         geometry=geometry,
         head=_read_head(checkpoint, files, ties, weight_type),
         weight_type=weight_type,
-        num_parameters=sum(
-            torch.Size(shape).numel() for name, shape in expected.items() if name not in ties
-        ),
+        num_parameters=_count_parameters(expected, ties),
         quantization=None,
         read_layer=lambda number: _read_layer(
             checkpoint, files, family, geometry, number, weight_type
         ),
         progress=progress,
     )
+
+
+def quantized_weight_type(checkpoint: Checkpoint) -> WeightType | None:
+    """What `gptjet quantize` made of a checkpoint, None for one that it did not write.
+
+    Raises BackendLoadError where its recipe cannot be read.
+    """
+    if not checkpoint.is_quantized:
+        return None
+    return "int8" if recipes.read_recipe(checkpoint)[0].bits == 8 else "int4"
+
+
+def _load_quantized(
+    checkpoint: Checkpoint,
+    config: Any,
+    family: Family,
+    geometry: BlockGeometry,
+    weight_type: WeightType,
+    progress: bool,
+) -> FusedWeights:
+    stored = quantized_weight_type(checkpoint)
+    if weight_type != stored:
+        raise BackendLoadError(
+            f"{checkpoint.path} holds {stored} weights and {weight_type} was asked for: give "
+            f"{stored}, or the original checkpoint"
+        )
+    files = QuantizedFiles(checkpoint, geometry)
+    ties = families.tied([families.EMBEDDING], bool(config.tie_word_embeddings))
+    return FusedWeights(
+        config=config,
+        class_name=family.class_name,
+        geometry=geometry,
+        head=files.read_head(),
+        weight_type=weight_type,
+        num_parameters=_count_parameters(_expected_shapes(family, geometry), ties),
+        quantization=files.recipe.as_dict(),
+        read_layer=files.read_layer,
+        progress=progress,
+    )
+
+
+def _count_parameters(shapes: Mapping[str, tuple[int, ...]], ties: Mapping[str, str]) -> int:
+    return sum(math.prod(shape) for name, shape in shapes.items() if name not in ties)
 
 
 def _expected_shapes(family: Family, geometry: BlockGeometry) -> dict[str, tuple[int, ...]]:

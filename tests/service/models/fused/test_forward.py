@@ -122,7 +122,7 @@ def test_closed_model_has_no_bytes_and_refuses_to_compute(
     runner.model.close()
     runner.model.close()
     assert runner.model.nbytes == 0
-    with pytest.raises(RuntimeError, match="closed"):
+    with pytest.raises(ValueError, match="closed"):
         runner.step((0, [1], 0))
 
 
