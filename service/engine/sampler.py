@@ -45,13 +45,17 @@ class NonFiniteLogitsError(EngineError):
 
 @dataclass(slots=True, eq=False)
 class SamplingState:
-    """What the sampler remembers of one sequence. Made by `Sampler.new_state`."""
+    """What the sampler remembers of one sequence. Made by `Sampler.new_state`.
+
+    plain  the likeliest token is all it takes, from the first token to the last
+    """
 
     params: SamplingParams
     prompt_token_ids: tuple[int, ...]
     seed: int
     index: int
     processors: lg.LogitProcessors
+    plain: bool = False
 
     @property
     def num_output_tokens(self) -> int:
@@ -94,7 +98,11 @@ class Sampler:
         processors = lg.LogitProcessors(
             params, request.prompt_token_ids, (*eos, *params.stop_token_ids), self._num_usable
         )
-        return SamplingState(params, request.prompt_token_ids, request.seed, index, processors)
+        # A processor that is not active before the first token never is.
+        plain = params.is_greedy and params.logprobs is None and not processors.active
+        return SamplingState(
+            params, request.prompt_token_ids, request.seed, index, processors, plain
+        )
 
     def sample(self, logits: torch.Tensor, states: Seq[SamplingState]) -> SampledTokens:
         """Choose a token a row and advance every state by it. logits: [B, V] float32, not changed.
@@ -109,12 +117,23 @@ class Sampler:
         if not states:
             return SampledTokens([], [])
         logits = logits.detach().to(torch.float32)
-        chosen = self._choose(logits[:, : self._num_usable], states)
-        token_ids = self._read_back(chosen, logits)
-        logprobs = _logprobs(logits, chosen, states)
+        logprobs: list[TokenLogprob | None]
+        if self._is_plain_step(logits, states):
+            token_ids, logprobs = _plain_argmax(logits), [None] * len(states)
+        else:
+            chosen = self._choose(logits[:, : self._num_usable], states)
+            token_ids = self._read_back(chosen, logits)
+            logprobs = _logprobs(logits, chosen, states)
         for state, token_id in zip(states, token_ids, strict=True):
             state.processors.observe(token_id)
         return SampledTokens(token_ids, logprobs)
+
+    def _is_plain_step(self, logits: torch.Tensor, states: Seq[SamplingState]) -> bool:
+        return (
+            self._num_usable == self._vocab_size
+            and logits.device.type == "cpu"
+            and all(state.plain for state in states)
+        )
 
     def prompt_logprobs(
         self,
@@ -215,6 +234,19 @@ def _argmax(scores: torch.Tensor) -> torch.Tensor:
     if scores.device.type == "cpu":
         return torch.from_numpy(np.asarray(scores.numpy().argmax(-1)))
     return scores.argmax(-1)
+
+
+def _plain_argmax(logits: torch.Tensor) -> list[int]:
+    """`_argmax` as a list, and the check of the logits without a second look at them.
+
+    numpy's argmax takes NaN for the largest, so a row is usable if its largest value is finite.
+    """
+    values = logits.numpy()
+    token_ids = values.argmax(-1)
+    best = values[np.arange(len(values)), token_ids]
+    _raise_for((~np.isfinite(best)).tolist())
+    result: list[int] = token_ids.tolist()
+    return result
 
 
 def _unusable(logits: torch.Tensor) -> torch.Tensor:

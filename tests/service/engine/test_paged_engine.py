@@ -288,15 +288,46 @@ def test_preempted_sequences_go_on_with_the_same_tokens_and_no_duplicate_text() 
 
 
 def test_the_latest_arrival_is_preempted_and_is_next_in_the_queue() -> None:
-    engine = make_engine(crowded_backend(num_kv_blocks=6, max_context=24))
+    engine = make_engine(crowded_backend(num_kv_blocks=6, max_context=24), max_sequences=2)
     for _ in range(3):
         add(engine, "abc", max_new_tokens=20)
     scheduler = engine.scheduler
-    while not any(s.output_token_ids for s in scheduler.waiting):
+    while not any(sequence.output_token_ids for sequence in scheduler.waiting):
         engine.step()
-    assert scheduler.waiting[0].output_token_ids
-    assert scheduler.waiting[0].sequence_id > max(s.sequence_id for s in scheduler.running)
+    assert [s.sequence_id for s in scheduler.running] == [0]
+    assert [s.sequence_id for s in scheduler.waiting] == [1, 2]
     run(engine)
+
+
+def test_preempted_continuations_go_their_own_way() -> None:
+    # The first request grows into all 8 blocks, so that both continuations of the second have to
+    # wait, and later each computes its own output again, not the other's.
+    params: dict[str, Any] = {"max_new_tokens": 20, "temperature": 1.4, "seed": 1, "n": 2}
+    params["ignore_eos"] = True
+    backend = crowded_backend(num_kv_blocks=8, max_context=32, max_prefill_tokens=4)
+    engine = make_engine(backend)
+    first = add(engine, "abcd", max_new_tokens=28)
+    second = add(engine, "abcdefg", **params)
+    outputs = run(engine)
+    assert sum(backend.prefills(1)) > 7
+    assert sum(backend.prefills(2)) > 0  # a continuation that was never preempted has none
+    alone = run_one(make_engine(MockBackend()), "abcdefg", **params)
+    assert text_of(outputs[first]) == "efghijklmnopqrstuvwxyzabcdef"
+    assert [ids_of(outputs[second], i) for i in range(2)] == [ids_of(alone, i) for i in range(2)]
+
+
+def test_a_prompt_preempted_half_way_is_echoed_with_each_logprob_once() -> None:
+    # Of 7 blocks the echo holds 4, for a prompt of 12 tokens computed one by one; after 8 of them
+    # the first request needs its fourth.
+    backend = crowded_backend(num_kv_blocks=7, max_context=28, max_prefill_tokens=1)
+    engine = make_engine(backend)
+    add(engine, "abcd", max_new_tokens=24)
+    params: dict[str, Any] = {"max_new_tokens": 2, "echo": True, "logprobs": 1}
+    key = add(engine, "twelve token", **params)
+    outputs = run(engine)[key]
+    assert len(backend.prefills(1)) > 12
+    alone = run_one(make_engine(MockBackend()), "twelve token", **params)
+    assert [o.logprobs for o in outputs] == [o.logprobs for o in alone]
 
 
 def test_cancelling_a_preempted_request_frees_it() -> None:
@@ -446,15 +477,16 @@ def test_drafts_stay_within_every_limit() -> None:
 
 
 def test_a_guess_never_costs_another_sequence_its_blocks() -> None:
-    backend = drafting_backend(max_context=32, num_kv_blocks=8, max_draft_tokens=8)
+    # Of 6 blocks 3 are for the 11 tokens of the first and one to come, 2 for the second. The seven
+    # guesses "efghabc" want two more.
+    backend = drafting_backend(max_context=20, num_kv_blocks=6, max_prefill_batch_size=2)
     engine = make_engine(backend)
-    prompt = "abcdefgh" * 1 + "abc"
-    first = add(engine, prompt, max_new_tokens=12, prompt_lookup_tokens=8)
-    second = add(engine, "Bcdefg", max_new_tokens=5)
+    first = add(engine, "abcdefghabc", max_new_tokens=9, prompt_lookup_tokens=8)
+    second = add(engine, "Bcdef", max_new_tokens=2)
     outputs = run(engine)
-    assert text_of(outputs[second]) == "hijkl"
-    assert text_of(outputs[first]) == "defghijklmno"
-    assert all(len(backend.prefills(i)) == 1 for i in (0, 1))
+    assert text_of(outputs[first]) == "defghijkl"
+    assert text_of(outputs[second]) == "gh"
+    assert backend.prefills(1) == [5]
 
 
 def test_a_backend_that_cannot_verify_gets_no_drafts() -> None:
