@@ -8,6 +8,7 @@ with help and an epilog of examples.
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -155,6 +156,9 @@ def main() -> None:
         # A model may write what a terminal in another encoding cannot show.
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
+    # Read when PyTorch is imported, which is later. OpenMP threads that wait by spinning take the
+    # cores from whoever has work: beside other load that cost a small model nine tenths.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     app(prog_name="gptjet")
 
 
