@@ -36,6 +36,11 @@ COMMANDS = (
     ),
     CommandEntry("Client", "models", "Show what a server is serving, its limits and its health."),
     CommandEntry(
+        "Client",
+        "sentiment",
+        "Say which sentiment a text has, how sure the model is, and why it thinks so.",
+    ),
+    CommandEntry(
         "Machine",
         "doctor",
         "Say whether this machine can run each backend, and how to mend what is in the way.",
