@@ -164,10 +164,10 @@ def run(generate: Generate, prompt: Sequence[int], output_tokens: int) -> dict[s
     }
 
 
-def peak_memory_bytes() -> int | None:
-    """Most memory this process ever held (Linux: VmHWM); None where the system does not say."""
+def peak_memory_bytes(pid: int | str = "self") -> int | None:
+    """Most memory a process ever held (Linux: VmHWM); None where the system does not say."""
     try:
-        status = Path("/proc/self/status").read_text(encoding="utf-8")
+        status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
     except OSError:
         return None
     match = re.search(r"^VmHWM:\s+(\d+) kB", status, re.MULTILINE)
