@@ -63,7 +63,7 @@ def checkpoint_folder(model: BarModel, root: Path = ROOT) -> Path:
     return folder
 
 
-def vocab_size(folder: Path) -> int:
+def read_vocab_size(folder: Path) -> int:
     """Of a checkpoint's folder."""
     fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     return int(fields["vocab_size"])
