@@ -8,10 +8,12 @@ So "abc" goes on "defgh…" for ever and "The X" goes on "YZ" and ends.
 from __future__ import annotations
 
 import time
+from collections.abc import Generator
 
 import torch
 
-from gptjet.service.engine.backend import BackendSpec, PrefillResult, ScheduledBatch
+from gptjet.service.backends.logprobs import token_logprobs
+from gptjet.service.engine.backend import BackendSpec, PrefillResult, ScheduledBatch, ScoreJob
 from gptjet.service.engine.sequence import Sequence
 from gptjet.service.engine.tokenizer import ByteTokenizer
 
@@ -107,6 +109,25 @@ class MockBackend:
                 )
             cached.append(sequence.last_token_id)
         return self._last_logits(batch)
+
+    def score(self, job: ScoreJob) -> Generator[None, None, tuple[torch.Tensor, ...]]:
+        """By the class's rule; one piece for the prompt, one for each candidate.
+
+        Meanwhile the job's prompt is in `cached` under its id, as a model's KV cache would be.
+        """
+        self.cached[job.job_id] = list(job.prompt_token_ids)
+        try:
+            time.sleep(self._prefill_s)
+            scores = []
+            for candidate in job.candidates:
+                yield
+                time.sleep(self._decode_s)
+                before = (*self.cached[job.job_id], *candidate)[-len(candidate) - 1 : -1]
+                rows = torch.stack([logits_after(token_id) for token_id in before])
+                scores.append(token_logprobs(rows, candidate))
+            return tuple(scores)
+        finally:
+            del self.cached[job.job_id]
 
     def release(self, sequence: Sequence) -> None:
         """Forget the sequence's tokens."""

@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import Protocol
 
-if TYPE_CHECKING:
-    from gptjet.service.engine.sequence import Sequence
+
+class BlockHolder(Protocol):
+    """Who can hold blocks: a sequence, or a score job. Their ids come from one counter."""
+
+    sequence_id: int
+    block_table: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Allocation:
+    """What a score job was given: its blocks, and how many leading tokens are computed already."""
+
+    block_table: list[int]
+    num_cached_tokens: int
 
 
 class BlockManager:
@@ -25,7 +38,7 @@ class BlockManager:
         self.block_size = block_size
         # A stack: the block freed last is the one whose memory is warmest.
         self._free = list(range(num_blocks - 1, -1, -1))
-        self._held: dict[int, Sequence] = {}
+        self._held: dict[int, BlockHolder] = {}
 
     @property
     def num_free_blocks(self) -> int:
@@ -40,7 +53,7 @@ class BlockManager:
         """Whether `allocate` would succeed now."""
         return self.blocks_for(num_tokens) <= len(self._free)
 
-    def allocate(self, sequence: Sequence, num_tokens: int) -> None:
+    def allocate(self, sequence: BlockHolder, num_tokens: int) -> None:
         """Give `sequence` the blocks of `num_tokens` tokens.
 
         Raises ValueError where it holds blocks already or too few are free: the scheduler asks
@@ -54,7 +67,7 @@ class BlockManager:
         sequence.block_table = [self._free.pop() for _ in range(count)]
         self._held[sequence.sequence_id] = sequence
 
-    def free(self, sequence: Sequence) -> None:
+    def free(self, sequence: BlockHolder) -> None:
         """Take the sequence's blocks back; one that holds none is fine."""
         if self._held.pop(sequence.sequence_id, None) is not None:
             self._free.extend(reversed(sequence.block_table))
