@@ -32,6 +32,11 @@ COMMANDS = (
     CommandEntry("Client", "generate", "Stream one completion in the terminal."),
     CommandEntry("Client", "models", "Show what a server is serving, its limits and its health."),
     CommandEntry(
+        "Client",
+        "sentiment",
+        "Say which sentiment a text has and why; of a file, on a page, or measured.",
+    ),
+    CommandEntry(
         "Machine",
         "doctor",
         "Say whether this machine can run each backend, and how to mend what is in the way.",

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import platform
-from collections.abc import Iterable, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from typing import Any, Protocol
@@ -26,6 +26,7 @@ from gptjet.service.engine.backend import (
     ParityVerdict,
     PrefillResult,
     ScheduledBatch,
+    ScoreJob,
 )
 from gptjet.service.engine.sequence import Sequence as EngineSequence
 
@@ -211,6 +212,10 @@ class WithParity:
     def decode(self, batch: ScheduledBatch) -> torch.Tensor:
         """The backend's own."""
         return self._backend.decode(batch)
+
+    def score(self, job: ScoreJob) -> Generator[None, None, tuple[torch.Tensor, ...]]:
+        """The backend's own."""
+        return self._backend.score(job)
 
     def release(self, sequence: EngineSequence) -> None:
         """The backend's own."""

@@ -96,7 +96,7 @@ class Scorer:
         self._fail = fail
         self._states: dict[int, _ScoreState] = {}  # by key; the first one runs
         self._steps_since_piece = 2
-        self._decoded_last = True
+        self._prefills_in_a_row = 0
 
     @property
     def has_work(self) -> bool:
@@ -160,13 +160,13 @@ class Scorer:
     def note_step(self, phase: Phase) -> None:
         """A step of the sequences has run."""
         self._steps_since_piece += 1
-        self._decoded_last = phase is Phase.DECODE
+        self._prefills_in_a_row = self._prefills_in_a_row + 1 if phase is Phase.PREFILL else 0
 
     def is_due(self) -> bool:
         """Whether the next step is to be a piece; takes the room for it where that is free."""
-        # Three steps without a decode at their end: nothing decodes.
-        patience = 2 if self._decoded_last else 3
-        return self._admit() is not None and self._steps_since_piece >= patience
+        # After one prefill a decode is due; two in a row say that nothing decodes.
+        in_turn = self._steps_since_piece >= 2 and self._prefills_in_a_row != 1
+        return self._admit() is not None and in_turn
 
     def run_piece(self) -> bool:
         """Run one piece; False if there is none that can run. Never raises for a backend."""

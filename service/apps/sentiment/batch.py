@@ -7,21 +7,20 @@ last whole one. When all rows are there, the output is written beside its name a
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import fcntl
 import hashlib
 import json
 import os
-import random
-from collections import Counter, deque
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from gptjet.service.apps.sentiment.classify import SentimentClassifier
-from gptjet.service.apps.sentiment.result import SentimentResult, TextError
+from gptjet.service.apps.sentiment.pipeline import ROW_ERRORS, classify_patiently, in_order
+from gptjet.service.apps.sentiment.result import SentimentResult
 from gptjet.service.apps.sentiment.table import (
     Row,
     Table,
@@ -31,31 +30,15 @@ from gptjet.service.apps.sentiment.table import (
     read_table,
     spreadsheet_safe,
 )
-from gptjet.service.client import (
-    DeadlineExceededError,
-    InternalError,
-    InvalidRequestError,
-    ResourceExhaustedError,
-    UnavailableError,
-)
 
 _JOURNAL_VERSION = 1
 _JOURNAL_SUFFIX = ".part"
-# Rows that wait, finished, for an earlier one: this many for each that is in flight.
-_WINDOW = 4
-# A server may be busy or loading this long before the run gives up on it.
-_PATIENCE_S = 600.0
-_DEFAULT_PAUSE_S = 1.0
 _OWN_COLUMNS = ("label", "explanation", "uncertain_reason", "num_parts", "error")
 _CLASH_PREFIX = "sentiment_"
 
 
 class BatchError(Exception):
     """The run cannot start or go on; the message says why and what to do."""
-
-
-class ServerGoneError(BatchError):
-    """The server does not answer any more; what is done is kept."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,7 +85,8 @@ async def classify_file(
 ) -> BatchSummary:
     """Make `spec.out`; go on where an earlier run with the same spec was cut off.
 
-    Raises BatchError, TableError, OSError, and GptjetError for what no row is to blame for.
+    Raises BatchError, TableError, OSError, and for what no row is to blame for ServerGoneError and
+    GptjetError: the journal keeps what is done.
     """
     out_format = format_of(spec.out.name)
     with spec.source.open("rb") as file:
@@ -116,9 +100,11 @@ async def classify_file(
             on_progress(summary.rows)
             for _ in range(summary.rows):
                 next(table.rows)
-            rows = _in_order(classifier, table.rows, spec)
-            async with contextlib.aclosing(rows):
-                async for entry in rows:
+            entries = in_order(
+                table.rows, lambda row: _entry(classifier, row, spec.seed), spec.concurrency
+            )
+            async with contextlib.aclosing(entries):
+                async for entry in entries:
                     journal.append(entry)
                     summary.add(entry)
                     on_progress(summary.rows)
@@ -172,60 +158,15 @@ async def _heading(classifier: SentimentClassifier, spec: BatchSpec) -> dict[str
     }
 
 
-async def _in_order(
-    classifier: SentimentClassifier, rows: Iterator[Row], spec: BatchSpec
-) -> AsyncGenerator[dict[str, Any]]:
-    """A journal line for each row, in the rows' order, `spec.concurrency` of them in flight."""
-    slots = asyncio.Semaphore(spec.concurrency)
-    window: deque[asyncio.Task[dict[str, Any]]] = deque()
-
-    async def entry_for(row: Row) -> dict[str, Any]:
-        values: dict[str, Any] = {"label": None, "error": row.error}
-        if row.error is None:
-            async with slots:
-                values = await _values_for(classifier, row.text, spec.seed)
-        return {"line": row.line, "row": row.values, **values}
-
-    try:
-        while True:
-            while len(window) < spec.concurrency * _WINDOW:
-                row = next(rows, None)
-                if row is None:
-                    break
-                window.append(asyncio.create_task(entry_for(row)))
-            if not window:
-                return
-            yield await window[0]
-            window.popleft()
-    finally:
-        for task in window:
-            task.cancel()
-        await asyncio.gather(*window, return_exceptions=True)
-
-
-async def _values_for(classifier: SentimentClassifier, text: str, seed: int) -> dict[str, Any]:
-    """Our columns for a text; what is wrong with it is its `error`. Waits for a busy server."""
-    waited_s = 0.0
-    tries_left = 2
-    while True:
+async def _entry(classifier: SentimentClassifier, row: Row, seed: int) -> dict[str, Any]:
+    """The journal's line for a row."""
+    values: dict[str, Any] = {"label": None, "error": row.error}
+    if row.error is None:
         try:
-            return result_values(await classifier.classify(text, seed=seed))
-        except (TextError, InvalidRequestError, DeadlineExceededError) as error:
-            return {"label": None, "error": str(error)}
-        except InternalError as error:
-            tries_left -= 1
-            if not tries_left:
-                return {"label": None, "error": str(error)}
-        except (ResourceExhaustedError, UnavailableError) as error:
-            pause_s = error.retry_after_s
-            if pause_s is None and isinstance(error, UnavailableError):
-                raise ServerGoneError(f"the server went away: {error.message}") from error
-            # A little more than it asks for, so that not all come back in the same moment.
-            pause_s = (pause_s or _DEFAULT_PAUSE_S) * random.uniform(1.0, 1.5)
-            if waited_s + pause_s > _PATIENCE_S:
-                raise ServerGoneError(f"the server stays busy: {error.message}") from error
-            await asyncio.sleep(pause_s)
-            waited_s += pause_s
+            values = result_values(await classify_patiently(classifier, row.text, seed=seed))
+        except ROW_ERRORS as error:
+            values["error"] = str(error)
+    return {"line": row.line, "row": row.values, **values}
 
 
 class _Journal:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 
 from gptjet.service.apps.sentiment.answer import Answer, check_named, read_answer
@@ -110,11 +110,13 @@ class SentimentClassifier:
                 range(len(parts)),
                 key=lambda i: parts[i].tokens * math.exp(parts[i].logprobs[index]),
             )
-            async for event in self._explain(parts[explained].text, seed):
-                if isinstance(event, ExplanationDelta):
-                    yield event
-                else:
-                    answer, summary = event
+            # Closed with this iterator and not some time later: that is what cancels the RPC.
+            async with contextlib.aclosing(self._explain(parts[explained].text, seed)) as pieces:
+                async for piece in pieces:
+                    if isinstance(piece, ExplanationDelta):
+                        yield piece
+                    else:
+                        answer, summary = piece
         if reason is None and answer.label not in (None, scored_label):
             reason = (
                 f"the labels' probabilities say {scored_label}, the explanation says {answer.label}"
@@ -226,7 +228,7 @@ class SentimentClassifier:
 
     async def _explain(
         self, text: str, seed: int
-    ) -> AsyncIterator[ExplanationDelta | tuple[Answer, GenerationSummary | None]]:
+    ) -> AsyncGenerator[ExplanationDelta | tuple[Answer, GenerationSummary | None]]:
         template = self.template
         stream = self._client.generate_stream(
             template.render_explain(text),

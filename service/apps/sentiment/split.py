@@ -14,7 +14,6 @@ _ABBREVIATION_LIST = """
 mr mrs ms dr prof st jr sr vs etc e.g i.e a.m p.m u.s u.k no vol fig inc ltd co dept est approx
 bzw z.b d.h u.a usw ca nr"""
 _ABBREVIATIONS = frozenset(_ABBREVIATION_LIST.split())
-_INITIAL = re.compile(r"(?:^|\s)[^\W\d_]\.$")
 
 
 def split_sentences(text: str) -> list[str]:
@@ -41,7 +40,7 @@ def _goes_on(sentence: str, rest: str) -> bool:
     following = rest.lstrip()
     return (
         last_word in _ABBREVIATIONS
-        or _INITIAL.search(sentence) is not None
+        or (len(last_word) == 1 and sentence[-2].isupper())
         or (following[:1].islower() and "\n" not in rest[: len(rest) - len(following)])
     )
 

@@ -1,4 +1,4 @@
-"""A client without a server, whose model counts words: what it answers can be worked out by hand."""
+"""A client without a server; its model counts words, so its answers are worked out by hand."""
 
 from __future__ import annotations
 
@@ -107,7 +107,9 @@ class FakeClient:
         self.answer: Callable[[str], str] = self.greedy_answer
 
     async def get_model(self, *, timeout_s: float | None = None) -> ModelInfo:
-        return ModelInfo(**{f: getattr(_MODEL, f) for f in _MODEL.__slots__} | {"max_context": self.max_context})
+        return ModelInfo(
+            **{f: getattr(_MODEL, f) for f in _MODEL.__slots__} | {"max_context": self.max_context}
+        )
 
     async def tokenize(self, text: str, *, timeout_s: float | None = None) -> Tokenization:
         words = words_of(text)
