@@ -35,7 +35,7 @@ KNOWN_ERRORS = (GptjetError, TextError, TemplateError)
 
 def sse(name: str, fields: dict[str, Any]) -> ServerSentEvent:
     """One event; JSON has no line breaks of its own, so it is one `data:` line."""
-    return ServerSentEvent(data=json.dumps(fields), event=name)
+    return ServerSentEvent(data=json.dumps(fields), event=name, sep="\n")
 
 
 def result_fields(result: SentimentResult) -> dict[str, Any]:

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from gptjet.service.apps.sentiment.web.errors import PageError
 
 _DELIMITERS = ",;\t|"
+# Stands in no text: a file of one text a line, commas and all, is one column.
+_NONE = "\x1f"
 _SAMPLE_CHARS = 16_384
 _TEXT_NAMES = (
     "text",
@@ -43,7 +45,7 @@ class Table:
 
     column     index of the column that seems to have the texts
     encoding   what the bytes were read as
-    delimiter  what separates the cells
+    delimiter  what separates the cells; "" where there is one column
     """
 
     columns: tuple[str, ...]
@@ -77,7 +79,8 @@ def read_table(content: bytes, *, has_header: bool | None, max_rows: int) -> Tab
         raise PageError(400, "empty", "the file has a header and no rows")
     if len(kept) > max_rows:
         raise _too_many(max_rows)
-    return Table(columns, tuple(kept), header, _text_column(columns, kept), encoding, delimiter)
+    column = _text_column(columns, kept)
+    return Table(columns, tuple(kept), header, column, encoding, delimiter.strip(_NONE))
 
 
 def _decode(content: bytes) -> tuple[str, str]:
@@ -112,7 +115,7 @@ def _delimiter(sample: str) -> str:
         return (widths.count(most) if most > 1 else 0, most)
 
     best = max(_DELIMITERS, key=score)
-    return best if score(best)[0] else ","
+    return best if score(best)[0] else _NONE
 
 
 def _rows(text: str, delimiter: str, max_rows: int) -> list[Row]:

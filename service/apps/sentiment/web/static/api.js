@@ -79,7 +79,7 @@ async function* events(response) {
       }
       if (piece.done) break;
       buffer += piece.value;
-      const blocks = buffer.split("\n\n");
+      const blocks = buffer.split(/\r?\n\r?\n/);
       buffer = blocks.pop();
       for (const block of blocks) {
         const event = parse(block);
@@ -100,7 +100,7 @@ async function* events(response) {
 export function parse(block) {
   let name = "message";
   const data = [];
-  for (const line of block.split("\n")) {
+  for (const line of block.split(/\r?\n/)) {
     if (line.startsWith("event:")) name = line.slice(6).trim();
     else if (line.startsWith("data:")) data.push(line.slice(5).trimStart());
   }

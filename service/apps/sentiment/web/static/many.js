@@ -51,7 +51,9 @@ async function inspect(name, content, header) {
   const facts = [
     count(table.rows, "row"),
     count(table.columns.length, "column"),
-    `${table.encoding}, separated by ${SEPARATORS[table.delimiter]}`,
+    table.delimiter
+      ? `${table.encoding}, separated by ${SEPARATORS[table.delimiter]}`
+      : table.encoding,
   ];
   byId("file-facts").textContent = facts.join(" · ");
   byId("header").checked = table.has_header;
