@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -179,6 +179,7 @@ async def _serve(
     listening: socket.socket,
 ) -> None:
     from gptjet.service.apps.sentiment.web.app import create_app
+    from gptjet.service.apps.sentiment.web.model_server import ModelServer
     from gptjet.service.apps.sentiment.web.run import PageServer, address, stopped_by_signals
     from gptjet.service.apps.sentiment.web.source import GrpcSource
 
@@ -193,7 +194,15 @@ async def _serve(
             starting.cancel()
 
     with stopped_by_signals(stop):
-        async with _client(connection, settings) as client:
+        async with contextlib.AsyncExitStack() as stack:
+            target, own = connection.server, None
+            if not target:
+                print_note("starting a model server")
+                flags = [*_flags(settings), "--log-level", "warning"]
+                own = ModelServer(flags, on_note=print_note, on_failed=stop)
+                await stack.enter_async_context(own)
+                target = own.target
+            client = await stack.enter_async_context(_client(target, connection))
             app = create_app(
                 lambda: GrpcSource(client, templates, max_chars=page.max_chars), page.settings()
             )
@@ -201,33 +210,23 @@ async def _serve(
                 app, lambda: typer.echo(f"The page is at {where} (Ctrl-C stops it)")
             )
             await server.serve(sockets=[listening])
+            if own is not None and own.error is not None:
+                raise own.error
 
 
-@contextlib.asynccontextmanager
-async def _client(
-    connection: SentimentConnection, settings: Mapping[str, Any]
-) -> AsyncIterator[AsyncClient]:
-    from gptjet.service.apps.sentiment.web.model_server import ModelServer
+def _client(target: str, connection: SentimentConnection) -> AsyncClient:
     from gptjet.service.client import DEFAULT_TIMEOUT_S, AsyncClient
 
-    async with contextlib.AsyncExitStack() as stack:
-        target = connection.server
-        if not target:
-            flags = [*_flags(settings), "--log-level", "warning"]
-            print_note("starting a model server")
-            own = await stack.enter_async_context(ModelServer(flags, on_note=print_note))
-            target = own.target
-        try:
-            client = AsyncClient(
-                target,
-                tls=connection.tls_options(),
-                timeout_s=DEFAULT_TIMEOUT_S if connection.timeout is None else connection.timeout,
-                # The page says at once that nobody answers, and tries again itself.
-                retry=None,
-            )
-        except ValueError:
-            fail("--tls-cert and --tls-key must be given together", _USAGE)
-        yield client
+    try:
+        return AsyncClient(
+            target,
+            tls=connection.tls_options(),
+            timeout_s=DEFAULT_TIMEOUT_S if connection.timeout is None else connection.timeout,
+            # The page says at once that nobody answers, and tries again itself.
+            retry=None,
+        )
+    except ValueError:
+        fail("--tls-cert and --tls-key must be given together", _USAGE)
 
 
 def _flags(settings: Mapping[str, Any]) -> list[str]:

@@ -71,13 +71,15 @@ def text_field(fields: dict[str, Any], max_chars: int) -> str:
 def check_text(text: str, max_chars: int, name: str) -> None:
     """Raises PageError where a text is empty, too long, or not Unicode."""
     if not text.strip():
-        raise PageError(400, "empty", f"{name}: is empty")
+        raise PageError(400, "empty", f"the {name} is empty")
     if len(text) > max_chars:
         raise PageError(
-            413, "too_long", f"{name}: has {len(text):,} characters; the limit is {max_chars:,}"
+            413, "too_long", f"the {name} has {len(text):,} characters; the limit is {max_chars:,}"
         )
     if any("\ud800" <= character <= "\udfff" for character in text):
-        raise PageError(400, "invalid", f"{name}: has half of a surrogate pair")
+        raise PageError(
+            400, "invalid", f"the {name} has half of a surrogate pair, which is no character"
+        )
 
 
 def seed_field(value: object) -> int:

@@ -1,4 +1,4 @@
-"""A GPTJet server of the page's own: `gptjet serve` as a child process, started again if it ends."""
+"""A GPTJet server of the page's own: `gptjet serve` as a child, started again if it ends."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ _LISTEN_TIMEOUT_S = 300.0  # imports on a cold and busy machine; the model loads
 _STOP_TIMEOUT_S = 10.0
 _POLL_S = 0.05
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 30.0
+# Of `gptjet serve`: a flag or the model is not usable, and will not be the next time.
+_NOT_USABLE = 2
 
 
 class ModelServerError(Exception):
@@ -28,13 +30,22 @@ class ModelServerError(Exception):
 class ModelServer:
     """`async with ModelServer(flags) as server: ... server.target`.
 
-    flags    of `gptjet serve`; the port is chosen here, on the loopback interface
-    on_note  is told in a line when the server has ended and is started again
+    flags      of `gptjet serve`; the port is chosen here, on the loopback interface
+    on_note    is told in a line when the server has ended and is started again
+    on_failed  is called when it has ended and starting it again would not help; `error` says why
     """
 
-    def __init__(self, flags: Sequence[str], *, on_note: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        flags: Sequence[str],
+        *,
+        on_note: Callable[[str], None],
+        on_failed: Callable[[], None],
+    ) -> None:
         self._flags = tuple(flags)
         self._on_note = on_note
+        self._on_failed = on_failed
+        self.error: ModelServerError | None = None
         self._process: asyncio.subprocess.Process | None = None
         self._keeper: asyncio.Task[None] | None = None
         self._port = 0
@@ -85,10 +96,7 @@ class ModelServer:
                 async with asyncio.timeout(_LISTEN_TIMEOUT_S):
                     while not file.exists():
                         if self._process.returncode is not None:
-                            code = self._process.returncode
-                            raise ModelServerError(
-                                f"the model server ended with exit code {code}", code
-                            )
+                            raise _ended(self._process.returncode)
                         await asyncio.sleep(_POLL_S)
             except TimeoutError:
                 raise ModelServerError(
@@ -104,6 +112,10 @@ class ModelServer:
             assert self._process is not None
             started_s = loop.time()
             code = await self._process.wait()
+            if code == _NOT_USABLE:
+                self.error = _ended(code)
+                self._on_failed()
+                return
             if loop.time() - started_s > _LONGEST_PAUSE_S:
                 pause_s = _FIRST_PAUSE_S
             self._on_note(
@@ -126,3 +138,7 @@ class ModelServer:
         except TimeoutError:
             process.kill()
             await process.wait()
+
+
+def _ended(code: int) -> ModelServerError:
+    return ModelServerError(f"the model server ended with exit code {code}", code)

@@ -74,7 +74,7 @@ function verdict(label, probabilities, reason) {
   heading.dataset.label = tone(label, names);
   byId("verdict-detail").textContent = reason
     ? `The model does not settle on one label.`
-    : `${percent(probabilities[first])} of the probability`;
+    : `with a probability of ${percent(probabilities[first])}`;
   note(byId("uncertain"), reason ? `Why uncertain: ${reason}.` : "", "uncertain");
   if (bars.children.length !== names.length) bars.replaceChildren(...names.map(() => bar()));
   names.forEach((name, index) => {
@@ -137,7 +137,7 @@ function facts(result) {
       result.tokens_per_second === null ? null : `${result.tokens_per_second.toFixed(0)} tokens/s`,
     ],
     ["Model", result.model],
-    ["Template", `${result.template}, version ${result.template_version}`],
+    ["Template", `${result.template} v${result.template_version}`],
     ["Seed", `${result.seed}`],
   ];
   byId("facts").replaceChildren(

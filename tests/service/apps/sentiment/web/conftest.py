@@ -9,6 +9,7 @@ import os
 import shutil
 import sys
 import threading
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ import httpx2
 import pytest
 from sse_starlette.sse import AppStatus
 
+from gptjet.service.apps.sentiment.template import parse_template
 from gptjet.service.apps.sentiment.web.app import create_app
 from gptjet.service.apps.sentiment.web.run import PageServer, listen
 from gptjet.service.apps.sentiment.web.settings import WebSettings
@@ -95,9 +97,7 @@ async def open_page(source: Any) -> AsyncIterator[Callable[..., Awaitable[Page]]
     async def start(*, on: Any = None, **settings: Any) -> Page:
         used = source if on is None else on
         listening = listen("127.0.0.1", 0)
-        server = PageServer(
-            create_app(lambda: used, WebSettings(**ROOMY | settings)), lambda: None
-        )
+        server = PageServer(create_app(lambda: used, WebSettings(**ROOMY | settings)), lambda: None)
         running = asyncio.create_task(server.serve(sockets=[listening]))
         url = f"http://127.0.0.1:{listening.getsockname()[1]}"
         http = httpx2.AsyncClient(base_url=url, timeout=PATIENCE_S)
@@ -131,6 +131,27 @@ def _until() -> Callable[[Callable[[], bool]], Awaitable[None]]:
     return until
 
 
+MOCK_TEMPLATE = """
+name = "alphabet"
+version = "1"
+prompt = "Text: {text}\\nLabel:"
+answer = "{explanation}"
+max_new_tokens = 120
+[[labels]]
+name = "first"
+continuation = "ab"
+[[labels]]
+name = "second"
+continuation = "b"
+"""
+
+
+@pytest.fixture
+def mock_template() -> Any:
+    """For the mock backend, which goes on with the alphabet: all of it is the explanation."""
+    return parse_template(MOCK_TEMPLATE.encode(), "alphabet")
+
+
 # ---- in a browser -------------------------------------------------------------------------------
 
 
@@ -153,19 +174,22 @@ class LivePage:
 
 @pytest.fixture
 def live_page(source: Any) -> Iterator[Callable[..., LivePage]]:
-    """`live_page(max_chars=100, ...)`: the page on `source`, with these settings."""
+    """`live_page(on=make_source, max_chars=100, ...)`: the page; on `source` by default."""
     ends: list[Callable[[], None]] = []
 
-    def start(**settings: Any) -> LivePage:
+    def start(*, on: Callable[[], Any] | None = None, **settings: Any) -> LivePage:
         listening = listen("127.0.0.1", 0)
         started = threading.Event()
         server = PageServer(
-            create_app(lambda: source, WebSettings(**ROOMY | settings)), started.set
+            create_app(on or (lambda: source), WebSettings(**ROOMY | settings)), started.set
         )
-        loop = asyncio.new_event_loop()
-        thread = threading.Thread(
-            target=lambda: loop.run_until_complete(server.serve(sockets=[listening])), daemon=True
-        )
+        loops: list[asyncio.AbstractEventLoop] = []
+
+        async def serve() -> None:
+            loops.append(asyncio.get_running_loop())
+            await server.serve(sockets=[listening])
+
+        thread = threading.Thread(target=lambda: asyncio.run(serve()), daemon=True)
         thread.start()
         assert started.wait(PATIENCE_S)
 
@@ -173,10 +197,9 @@ def live_page(source: Any) -> Iterator[Callable[..., LivePage]]:
             server.should_exit = True
             thread.join(PATIENCE_S)
             listening.close()
-            loop.close()
 
         ends.append(end)
-        return LivePage(f"http://127.0.0.1:{listening.getsockname()[1]}", source, loop)
+        return LivePage(f"http://127.0.0.1:{listening.getsockname()[1]}", source, loops[0])
 
     yield start
     for end in ends:
@@ -207,3 +230,107 @@ def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     running.downloads = downloads
     yield running
     running.quit()
+
+
+AXE = Path(__file__).parents[5] / ".ci" / "axe" / "node_modules" / "axe-core" / "axe.min.js"
+
+
+class Browser:
+    """The page in Chromium, in a visitor's terms."""
+
+    def __init__(self, driver: Any) -> None:
+        self.driver = driver
+
+    def open(self, url: str, *, width: int = 1280, dark: bool = False) -> None:
+        """Load the page and wait for the server's state."""
+        size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
+        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
+        self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+        self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [scheme]})
+        self.driver.get("about:blank")  # the same address with another fragment loads nothing anew
+        self.driver.get(url)
+        self.until("document.querySelector('#server').dataset.state !== 'asking'")
+
+    def js(self, expression: str, *arguments: Any) -> Any:
+        return self.driver.execute_script(f"return {expression}", *arguments)
+
+    def until(self, expression: str, *arguments: Any) -> None:
+        """Wait for what is certain to come."""
+        end = time.monotonic() + 3 * PATIENCE_S
+        while not self.js(expression, *arguments):
+            assert time.monotonic() < end, f"never: {expression}\n{self.text('body')}"
+            time.sleep(0.02)
+
+    def find(self, selector: str) -> Any:
+        return self.driver.find_element("css selector", selector)
+
+    def text(self, selector: str) -> str:
+        return str(self.js("document.querySelector(arguments[0]).textContent.trim()", selector))
+
+    def is_shown(self, selector: str) -> bool:
+        return bool(self.find(selector).is_displayed())
+
+    def type(self, words: str) -> None:
+        """Into the text box, as keys."""
+        box = self.find("#text")
+        box.clear()
+        box.send_keys(words)
+
+    def paste(self, words: str) -> None:
+        """Into the text box at once; keys of the driver cannot have every character."""
+        self.driver.execute_script(
+            "const box = document.querySelector('#text'); box.value = arguments[0];"
+            "box.dispatchEvent(new Event('input', {bubbles: true}))",
+            words,
+        )
+
+    def click(self, selector: str) -> None:
+        self.find(selector).click()
+
+    def press(self, *keys: str) -> None:
+        """Keys to whatever has the focus."""
+        from selenium.webdriver import ActionChains
+
+        ActionChains(self.driver).send_keys(*keys).perform()
+
+    @property
+    def focused(self) -> str:
+        """Id of the element with the focus, or its text."""
+        return str(self.js("document.activeElement.id || document.activeElement.textContent"))
+
+    def phase(self, *phases: str) -> None:
+        """Wait until the answer is in one of these phases."""
+        self.until("arguments[0].includes(document.querySelector('#result').dataset.phase)", phases)
+
+    def choose(self, file: Path) -> None:
+        self.find("#file").send_keys(str(file))
+        self.until(
+            "!document.querySelector('#table-form').hidden"
+            " || !document.querySelector('#file-problem').hidden"
+        )
+
+    def complaints(self) -> list[str]:
+        """What the browser's console says: policy violations, errors of scripts, failed loads."""
+        return [entry["message"] for entry in self.driver.get_log("browser")]
+
+    def audit(self) -> list[str]:
+        """axe-core's serious and critical findings, one line each."""
+        if not AXE.exists():
+            pytest.skip("no axe-core: make axe")
+        self.driver.execute_script(AXE.read_text(encoding="utf-8"))
+        found = self.driver.execute_async_script(
+            "const done = arguments[arguments.length - 1];"
+            "axe.run(document, {resultTypes: ['violations']}).then((r) => done(r.violations))"
+        )
+        return [
+            f"{finding['impact']}: {finding['id']}: {node['html']}"
+            for finding in found
+            if finding["impact"] in ("serious", "critical")
+            for node in finding["nodes"]
+        ]
+
+
+@pytest.fixture
+def browser(chromium: Any) -> Browser:
+    chromium.get_log("browser")  # of the test before
+    return Browser(chromium)
