@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from gptjet.service.commands.connection import end_with
 from gptjet.service.commands.flags import expand_flags
 from gptjet.service.commands.sentiment_client import SentimentConnection
 from gptjet.service.commands.server_settings import (
@@ -145,7 +146,10 @@ def command(*, page: PageFlags, connection: SentimentConnection, settings: dict[
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     from gptjet.service.apps.sentiment.web.model_server import ModelServerError
     from gptjet.service.apps.sentiment.web.run import listen
+    from gptjet.service.client import GptjetError
+    from gptjet.service.log import configure_logging
 
+    configure_logging("warning")
     if connection.server and settings:
         flag = flag_name(next(iter(settings)))
         fail(f"{flag} is for a server beside the page; {connection.server} has its own", _USAGE)
@@ -159,6 +163,8 @@ def command(*, page: PageFlags, connection: SentimentConnection, settings: dict[
     with listening:
         try:
             asyncio.run(_serve(page, templates, connection, settings, listening))
+        except GptjetError as error:
+            end_with(error, connection)
         except ModelServerError as error:
             code = error.exit_code if error.exit_code in set(ExitCode) else ExitCode.FAILURE
             fail(str(error), ExitCode(code))
@@ -203,6 +209,8 @@ async def _serve(
                 await stack.enter_async_context(own)
                 target = own.target
             client = await stack.enter_async_context(_client(target, connection))
+            if connection.wait is not None:
+                await client.wait_until_serving(connection.wait)
             app = create_app(
                 lambda: GrpcSource(client, templates, max_chars=page.max_chars), page.settings()
             )

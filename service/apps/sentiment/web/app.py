@@ -14,6 +14,7 @@ retry_after_s}}; what goes wrong later comes as an `error` event with the same f
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, aclosing
@@ -21,7 +22,6 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-import anyio
 import structlog
 from sse_starlette import EventSourceResponse, ServerSentEvent
 from starlette.applications import Starlette
@@ -235,10 +235,8 @@ class _Page:
             timeout_s=self._settings.body_timeout_s,
         )
         # In a thread: a large file takes long enough for others to notice.
-        return await anyio.to_thread.run_sync(
-            lambda: tables.read_table(
-                content, has_header=header, max_rows=self._settings.max_csv_rows
-            )
+        return await asyncio.to_thread(
+            tables.read_table, content, has_header=header, max_rows=self._settings.max_csv_rows
         )
 
     def _template(self, name: object) -> PromptTemplate:

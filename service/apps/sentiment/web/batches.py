@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections import deque
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
@@ -89,8 +88,7 @@ async def classify_rows(
     finally:
         for task in waiting:
             task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await asyncio.gather(*waiting, return_exceptions=True)
+        await asyncio.gather(*waiting, return_exceptions=True)
 
 
 async def _answer(

@@ -297,6 +297,25 @@ def test_a_link_reproduces_text_template_and_seed(live_page: LivePage, browser: 
     assert not browser.is_shown("#result-note")
 
 
+def test_the_link_goes_to_the_clipboard_where_the_browser_lets_it(
+    live_page: LivePage, browser: Browser
+) -> None:
+    page = live_page()
+    browser.open(page.url)
+    browser.type("wonderful")
+    browser.click("#classify")
+    browser.phase("done")
+    browser.driver.execute_script(
+        "navigator.clipboard.writeText = async (text) => { window.copied = text; }"
+    )
+    browser.click("#copy-link")
+    browser.until("document.querySelector('#copied').textContent === 'Copied.'")
+    assert browser.js("window.copied") == (
+        f"{page.url}/#text=wonderful&template=embedded&seed=0&version=1&model=fake-gptj"
+    )
+    assert not browser.is_shown("#link-field")
+
+
 def test_a_link_made_with_another_model_says_so(live_page: LivePage, browser: Browser) -> None:
     page = live_page()
     browser.open(f"{page.url}/#text=wonderful&template=embedded&version=0&seed=0&model=older")

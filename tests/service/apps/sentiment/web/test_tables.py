@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from gptjet.service.apps.sentiment.web.batches import classify_rows
 from gptjet.service.apps.sentiment.web.errors import PageError
 from gptjet.service.apps.sentiment.web.tables import read_table
 
@@ -60,7 +61,7 @@ def test_a_column_of_sentences_with_commas_is_one_column() -> None:
     [("utf-8", "UTF-8"), ("utf-8-sig", "UTF-8"), ("utf-16", "UTF-16"), ("cp1252", "Windows-1252")],
 )
 def test_the_usual_encodings_are_read(encoding: str, named: str) -> None:
-    table = read("text\n\"schöner Käse, süß\"\n".encode(encoding))
+    table = read('text\n"schöner Käse, süß"\n'.encode(encoding))
     assert table.rows[0].cells == ("schöner Käse, süß",)
     assert (table.columns, table.encoding) == (("text",), named)
 
@@ -189,6 +190,23 @@ async def test_leaving_a_file_cancels_the_rows_that_run_and_starts_no_more(
         await until(lambda: page.source.running == 3)
     await until(lambda: page.source.running == 0)
     assert len(page.source.closed) == len(page.source.asked) == 3
+
+
+async def test_closing_the_rows_ends_those_that_run_before_it_returns(source: Any) -> None:
+    rows = read("wonderful.\nawful.\nfine.\n", has_header=False).rows
+    source.hold = asyncio.Event()
+    source.hold.set()
+    classifier = source.classifier(source.templates[0], explain=False)
+    answers = classify_rows(classifier, rows, 0, first=0, seed=0, max_chars=100, in_flight=2)
+    assert (await anext(answers)).index == 0
+    source.hold.clear()
+    later = asyncio.create_task(anext(answers))  # type: ignore[arg-type]
+    while source.running < 1:
+        await asyncio.sleep(0)
+    later.cancel()
+    await asyncio.gather(later, return_exceptions=True)
+    await answers.aclose()
+    assert source.running == 0
 
 
 async def test_rows_can_be_classified_without_explanations(open_page: OpenPage) -> None:
