@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gptjet.service.commands.connection import end_with
 from gptjet.service.commands.flags import expand_flags
-from gptjet.service.commands.sentiment_client import SentimentConnection
+from gptjet.service.commands.sentiment_client import SentimentConnection, run
 from gptjet.service.commands.server_settings import (
     MODEL_SETTINGS,
     flag_name,
@@ -142,11 +140,8 @@ class PageFlags:
 @expand_flags
 def command(*, page: PageFlags, connection: SentimentConnection, settings: dict[str, Any]) -> None:
     """Serve the page until told to stop."""
-    # gRPC's own log repeats on stderr, with addresses in its memory, what its errors say.
-    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     from gptjet.service.apps.sentiment.web.model_server import ModelServerError
     from gptjet.service.apps.sentiment.web.run import listen
-    from gptjet.service.client import GptjetError
     from gptjet.service.log import configure_logging
 
     configure_logging("warning")
@@ -162,14 +157,10 @@ def command(*, page: PageFlags, connection: SentimentConnection, settings: dict[
         fail(_cannot_listen(page, error), _USAGE)
     with listening:
         try:
-            asyncio.run(_serve(page, templates, connection, settings, listening))
-        except GptjetError as error:
-            end_with(error, connection)
+            run(_serve(page, templates, connection, settings, listening), connection)
         except ModelServerError as error:
             code = error.exit_code if error.exit_code in set(ExitCode) else ExitCode.FAILURE
             fail(str(error), ExitCode(code))
-        except OSError as error:
-            fail(f"{error.filename}: {error.strerror}", _USAGE)
         except asyncio.CancelledError:
             return  # told to stop before it had started
 

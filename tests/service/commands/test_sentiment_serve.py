@@ -154,11 +154,13 @@ async def test_flags_that_cannot_be_are_refused_by_name(
     assert message in result.stderr
 
 
-async def test_waiting_for_a_server_that_does_not_come_ends_the_command(invoke: Invoke) -> None:
+async def test_waiting_for_a_server_that_does_not_come_ends_the_command(start_cli: Start) -> None:
     arguments = ["--server", "127.0.0.1:1", "--wait", "0.2"]
-    result = await invoke("sentiment", "serve", "--port", "0", *arguments)
-    assert result.exit_code == 3
-    assert "no server answers at 127.0.0.1:1" in result.stderr
+    process = await start_cli("sentiment", "serve", "--port", "0", *arguments)
+    async with asyncio.timeout(PATIENCE_S):
+        assert await process.wait() == 3
+    assert process.stderr is not None
+    assert "no server answers at 127.0.0.1:1" in (await process.stderr.read()).decode()
 
 
 def test_the_address_is_one_that_a_browser_here_can_open() -> None:
