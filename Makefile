@@ -31,6 +31,8 @@ ROOMS := proto service kernels benchmarks
 PACKAGE_FILES := $(sort $(shell find $(ROOMS) -type f -not -name '*.py[co]'))
 BUF_DIR := .ci/buf
 BUF := $(BUF_DIR)/node_modules/.bin/buf
+AXE_DIR := .ci/axe
+AXE := $(AXE_DIR)/node_modules/axe-core/axe.min.js
 PROTO_VENV := build/proto-venv
 LOCK_VENV := build/lock-venv
 
@@ -91,6 +93,9 @@ proto-lint: $(BUF) ## buf: STANDARD rules and format (needs npm).
 proto-breaking: $(BUF) ## buf: is the contract compatible with AGAINST?
 	$(BUF) breaking --against '$(or $(AGAINST),.git#branch=main)'
 
+.PHONY: axe
+axe: $(AXE) ## Fetch axe-core: the tests of the sentiment page's accessibility run it (needs npm).
+
 # ---- generated files ----------------------------------------------------------------------------
 
 .PHONY: proto
@@ -114,7 +119,7 @@ lock: $(DEV) ## Resolve the lock files in requirements/ again.
 
 .PHONY: clean
 clean: ## Remove everything that make made, .venv included.
-	rm -rf $(VENV) build dist *.egg-info $(BUF_DIR)/node_modules
+	rm -rf $(VENV) build dist *.egg-info $(BUF_DIR)/node_modules $(AXE_DIR)/node_modules
 	rm -rf .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find $(ROOMS) tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -158,6 +163,11 @@ $(PROTO_VENV)/.installed: requirements/proto.txt
 $(BUF): $(BUF_DIR)/package.json $(BUF_DIR)/package-lock.json
 	@command -v npm >/dev/null || { echo "make proto-lint needs npm (Node.js)"; exit 1; }
 	npm install --prefix $(BUF_DIR) --no-save --ignore-scripts --no-audit --no-fund
+	touch $@
+
+$(AXE): $(AXE_DIR)/package.json $(AXE_DIR)/package-lock.json
+	@command -v npm >/dev/null || { echo "make axe needs npm (Node.js)"; exit 1; }
+	npm install --prefix $(AXE_DIR) --no-save --ignore-scripts --no-audit --no-fund
 	touch $@
 
 # ---- evidence from a GPU ------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from gptjet.service.commands import sentiment_evaluate, sentiment_file
+from gptjet.service.commands import sentiment_evaluate, sentiment_file, sentiment_serve
 from gptjet.service.commands.flags import expand_flags
 from gptjet.service.commands.sentiment_client import (
     ClassifierFlags,
@@ -44,6 +44,8 @@ $ gptjet sentiment - --json < review.txt | jq .probabilities
 $ gptjet sentiment --file reviews.csv --column text --out out.csv
 
 $ gptjet sentiment evaluate
+
+$ gptjet sentiment serve
 """
 
 _DEFAULT = "classify"
@@ -140,7 +142,7 @@ app.command(
     context_settings=_CONTEXT_SETTINGS,
 )(classify)
 # A sub-command is a module with HELP, EXAMPLES and a function `command`.
-for _name, _module in {"evaluate": sentiment_evaluate}.items():
+for _name, _module in {"evaluate": sentiment_evaluate, "serve": sentiment_serve}.items():
     app.command(
         _name, help=_module.HELP, epilog=_module.EXAMPLES, context_settings=_CONTEXT_SETTINGS
     )(_module.command)
