@@ -33,7 +33,7 @@ def test_importing_the_table_imports_no_torch() -> None:
 
 
 def test_unknown_backend_lists_the_known() -> None:
-    with pytest.raises(BackendLoadError, match=r"unknown backend 'tpu': there are mock, hugg"):
+    with pytest.raises(BackendLoadError, match=r"unknown backend 'tpu': there are auto, fused, mo"):
         load_backend("tpu", "embedded")
 
 
