@@ -117,7 +117,7 @@ def load_engine(flags: argparse.Namespace) -> Engine:
     if flags.threads is not None:
         import torch
 
-        torch.set_num_threads(flags.threads)
+        torch.set_num_threads(flags.threads)  # transformers' threads; cpu_threads is the fused one's
     loaded = load_backend(
         flags.backend,
         flags.model,
@@ -126,6 +126,7 @@ def load_engine(flags: argparse.Namespace) -> Engine:
         max_sequences=flags.max_sequences,
         kv_cache_tokens=flags.kv_cache_tokens,
         progress=False,
+        cpu_threads=flags.threads,
     )
     loaded.backend.warm_up()
     return Engine(loaded.backend, loaded.tokenizer, EngineConfig(max_sequences=flags.max_sequences))
