@@ -117,7 +117,8 @@ def load_engine(flags: argparse.Namespace) -> Engine:
     if flags.threads is not None:
         import torch
 
-        torch.set_num_threads(flags.threads)  # transformers' threads; cpu_threads is the fused one's
+        # transformers' threads; the fused backend's are `cpu_threads`.
+        torch.set_num_threads(flags.threads)
     loaded = load_backend(
         flags.backend,
         flags.model,
