@@ -31,6 +31,8 @@ _PANELS = {
         "backend",
         "device",
         "dtype",
+        "cpu_threads",
+        "deterministic",
         "allow_pickle",
         "local_files_only",
         "kv_cache_tokens",
