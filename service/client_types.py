@@ -106,8 +106,24 @@ class SequenceSummary:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Speculation:
+    """What `prompt_lookup_tokens` brought: guesses, those that were right, steps that were taken.
+
+    Every guess that was right saved a decode step.
+    """
+
+    drafted_tokens: int
+    accepted_tokens: int
+    decode_steps: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationSummary:
-    """The end of a request. `finish_reason` is that of the sequence with index 0."""
+    """The end of a request. `finish_reason` is that of the sequence with index 0.
+
+    `cached_prompt_tokens` are those the server had not to compute again; `speculation` is None
+    where none was asked for or the backend cannot verify guesses.
+    """
 
     request_id: str
     finish_reason: FinishReason
@@ -116,6 +132,8 @@ class GenerationSummary:
     timings: Timings
     sequences: tuple[SequenceSummary, ...]
     seed: int
+    cached_prompt_tokens: int = 0
+    speculation: Speculation | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -144,6 +162,42 @@ class Generation:
     def token_ids(self) -> tuple[int, ...]:
         """Of the sequence with index 0."""
         return self.sequences[0].token_ids
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CandidateScore:
+    """How likely the model finds one candidate. Natural logarithms.
+
+    logprob              sum over the candidate's tokens
+    probability          its share among all candidates of the call, calibrated where asked for
+    calibration_logprob  its log-probability after the calibration prompt
+    """
+
+    index: int
+    logprob: float
+    tokens: tuple[TokenLogprob, ...]
+    probability: float
+    calibration_logprob: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoreResult:
+    """The answer of `score`, in the order of its candidates.
+
+    `prompt_tokens` counts the prompt, without a calibration prompt; `candidate_tokens` counts all
+    candidates, each once.
+    """
+
+    request_id: str
+    scores: tuple[CandidateScore, ...]
+    prompt_tokens: int
+    candidate_tokens: int
+    timings: Timings
+
+    @property
+    def best(self) -> int:
+        """Index of the most probable candidate; of equal ones the first."""
+        return max(self.scores, key=lambda score: score.probability).index
 
 
 @dataclass(frozen=True, slots=True)
