@@ -30,7 +30,11 @@ from gptjet.service.engine.errors import BackendLoadError
 from gptjet.service.models.architecture import build_config, verify_architecture
 from gptjet.service.models.checkpoint import Checkpoint, resolve_checkpoint
 from gptjet.service.models.fused import families
-from gptjet.service.models.fused.weights import FusedWeights, load_fused_weights
+from gptjet.service.models.fused.weights import (
+    FusedWeights,
+    load_fused_weights,
+    quantized_weight_type,
+)
 from gptjet.service.models.geometry import eos_token_ids
 from gptjet.service.models.memory import format_bytes
 from gptjet.service.models.tokenizer import load_tokenizer
@@ -129,7 +133,7 @@ def _load_and_prove(
 
 def _plan(options: LoadOptions, checkpoint: Checkpoint, device: torch.device) -> _Plan:
     families.check_family(checkpoint)
-    stored = _stored_type(checkpoint)
+    stored = quantized_weight_type(checkpoint)
     weight_type = choose_weight_type(options.dtype, device, stored)
     check_weight_type(weight_type, device)
     if stored is None:
@@ -160,13 +164,6 @@ def _plan(options: LoadOptions, checkpoint: Checkpoint, device: torch.device) ->
         num_parameters,
         proof.choose_probes(geometry, num_parameters, device),
     )
-
-
-def _stored_type(checkpoint: Checkpoint) -> str | None:
-    """The weight type of a checkpoint that `gptjet quantize` wrote, else None."""
-    if not checkpoint.is_quantized:
-        return None
-    return str(checkpoint.config["quantization_config"].get("weight_type"))
 
 
 def _count_parameters(geometry: BlockGeometry) -> int:
