@@ -31,7 +31,15 @@ class CommandEntry:
 COMMANDS = (
     CommandEntry("Server", "serve", "Start the gRPC server."),
     CommandEntry("Client", "generate", "Stream one completion in the terminal."),
+    CommandEntry(
+        "Client", "score", "Say how likely the model finds each of several continuations."
+    ),
     CommandEntry("Client", "models", "Show what a server is serving, its limits and its health."),
+    CommandEntry(
+        "Client",
+        "sentiment",
+        "Say which sentiment a text has, how sure the model is, and why it thinks so.",
+    ),
     CommandEntry(
         "Machine",
         "doctor",
@@ -44,7 +52,9 @@ COMMANDS = (
         "at best.",
     ),
     CommandEntry(
-        "Machine", "quantize", "Write INT8 or INT4 weights, and print perplexity before and after."
+        "Machine",
+        "quantize",
+        "Write a checkpoint's weights as INT8 or INT4, and print perplexity before and after.",
     ),
     CommandEntry(
         "Benchmarks",

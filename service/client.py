@@ -27,6 +27,7 @@ from gptjet.service import client_messages as messages
 from gptjet.service.client_stream import AsyncGenerationStream, GenerationStream
 from gptjet.service.client_types import (
     CancelledError,
+    CandidateScore,
     DeadlineExceededError,
     FieldViolation,
     FinishReason,
@@ -44,6 +45,7 @@ from gptjet.service.client_types import (
     ResourceExhaustedError,
     RetryPolicy,
     SamplingOptions,
+    ScoreResult,
     SequenceSummary,
     Speculation,
     Timings,
@@ -59,6 +61,7 @@ __all__ = [
     "AsyncClient",
     "AsyncGenerationStream",
     "CancelledError",
+    "CandidateScore",
     "Client",
     "DeadlineExceededError",
     "FieldViolation",
@@ -78,6 +81,7 @@ __all__ = [
     "ResourceExhaustedError",
     "RetryPolicy",
     "SamplingOptions",
+    "ScoreResult",
     "SequenceSummary",
     "Speculation",
     "Timings",
@@ -154,6 +158,24 @@ class Client:
         return GenerationStream(
             self._stub.GenerateStream(request, timeout=timeout, metadata=self._metadata)
         )
+
+    def score(
+        self,
+        prompt: Prompt,
+        candidates: Sequence[Prompt],
+        *,
+        calibration_prompt: Prompt | None = None,
+        request_id: str = "",
+        timeout_s: float | None = None,
+    ) -> ScoreResult:
+        """How likely the model finds each continuation of a prompt, without generating.
+
+        A candidate's text is tokenized by itself: a word after a space begins with that space,
+        " positive". With a `calibration_prompt` (the same prompt around a text without content,
+        such as "N/A"), what the model thinks of a candidate anyway is taken out of `probability`.
+        """
+        request = messages.score_request(prompt, candidates, calibration_prompt, request_id)
+        return messages.score_from_pb(self._call(self._stub.Score, request, timeout_s))
 
     def tokenize(self, text: str, *, timeout_s: float | None = None) -> Tokenization:
         """Ids of a text."""
@@ -263,6 +285,19 @@ class AsyncClient:
         return AsyncGenerationStream(
             self._stub.GenerateStream(request, timeout=timeout, metadata=self._metadata)
         )
+
+    async def score(
+        self,
+        prompt: Prompt,
+        candidates: Sequence[Prompt],
+        *,
+        calibration_prompt: Prompt | None = None,
+        request_id: str = "",
+        timeout_s: float | None = None,
+    ) -> ScoreResult:
+        """How likely the model finds each continuation of a prompt; see Client.score."""
+        request = messages.score_request(prompt, candidates, calibration_prompt, request_id)
+        return messages.score_from_pb(await self._call(self._stub.Score, request, timeout_s))
 
     async def tokenize(self, text: str, *, timeout_s: float | None = None) -> Tokenization:
         """Ids of a text."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import grpc
@@ -44,13 +44,39 @@ def generate_request(
     """
     violations: list[types.FieldViolation] = []
     message = message_type()
-    if isinstance(prompt, str):
-        _assign(violations, "text", lambda: setattr(message, "text", _text(prompt)))
-    else:
-        message.token_ids.SetInParent()
-        _extend(violations, "token_ids.ids", message.token_ids.ids, prompt, _uint32)
+    _assign_prompt(violations, message, prompt)
     _assign(violations, "request_id", lambda: setattr(message, "request_id", _text(request_id)))
     _fill_sampling_params(message.sampling_params, options, violations)
+    _raise_if_any(violations)
+    return message
+
+
+def score_request(
+    prompt: types.Prompt,
+    candidates: Sequence[types.Prompt],
+    calibration_prompt: types.Prompt | None,
+    request_id: str,
+) -> pb.ScoreRequest:
+    """The message of a Score call.
+
+    Raises InvalidRequestError naming every value that its field cannot hold. How many candidates
+    there may be, and how long, is the server's to check.
+    """
+    violations: list[types.FieldViolation] = []
+    message = pb.ScoreRequest()
+    _assign_prompt(violations, message, prompt)
+    _assign(violations, "request_id", lambda: setattr(message, "request_id", _text(request_id)))
+    # One text is a sequence of texts to Python: its characters.
+    if isinstance(candidates, str) or not isinstance(candidates, Iterable):
+        violations.append(
+            types.FieldViolation("candidates", f"must be a list of candidates, got {candidates!r}")
+        )
+    else:
+        for position, candidate in enumerate(candidates):
+            path = f"candidates[{position}]."
+            _assign_prompt(violations, message.candidates.add(), candidate, prefix=path)
+    if calibration_prompt is not None:
+        _assign_prompt(violations, message, calibration_prompt, name_prefix="calibration_")
     _raise_if_any(violations)
     return message
 
@@ -107,6 +133,28 @@ def _fill_sampling_params(
                 path,
                 lambda n=name, f=field, v=value: setattr(message, n, _scalar(f, v)),
             )
+
+
+def _assign_prompt(
+    violations: list[types.FieldViolation],
+    message: Any,
+    value: types.Prompt,
+    *,
+    prefix: str = "",
+    name_prefix: str = "",
+) -> None:
+    """Fill the `text` or the `token_ids` of a message, whichever `value` is.
+
+    `prefix` is the path of the message; `name_prefix` begins the names of the two fields.
+    """
+    if isinstance(value, str):
+        name = f"{name_prefix}text"
+        _assign(violations, prefix + name, lambda: setattr(message, name, _text(value)))
+    else:
+        name = f"{name_prefix}token_ids"
+        ids = getattr(message, name)
+        ids.SetInParent()
+        _extend(violations, f"{prefix}{name}.ids", ids.ids, value, _uint32)
 
 
 def _scalar(field: FieldDescriptor, value: Any) -> Any:
@@ -228,19 +276,12 @@ def generation_from_pb(response: pb.GenerateResponse) -> types.Generation:
 
 def summary_from_pb(summary: pb.GenerationSummary) -> types.GenerationSummary:
     """The end of a request."""
-    timings = summary.timings
     return types.GenerationSummary(
         request_id=summary.request_id,
         finish_reason=_finish_reason(summary.finish_reason),
         prompt_tokens=summary.usage.prompt_tokens,
         completion_tokens=summary.usage.completion_tokens,
-        timings=types.Timings(
-            queue_ms=timings.queue_ms,
-            prefill_ms=timings.prefill_ms,
-            decode_ms=timings.decode_ms,
-            ttft_ms=timings.ttft_ms,
-            e2e_ms=timings.e2e_ms,
-        ),
+        timings=_timings(summary.timings),
         sequences=tuple(
             types.SequenceSummary(
                 index=sequence.index,
@@ -259,6 +300,28 @@ def summary_from_pb(summary: pb.GenerationSummary) -> types.GenerationSummary:
         )
         if summary.HasField("speculation")
         else None,
+    )
+
+
+def score_from_pb(response: pb.ScoreResponse) -> types.ScoreResult:
+    """The scores of one prompt's candidates."""
+    return types.ScoreResult(
+        request_id=response.request_id,
+        scores=tuple(
+            types.CandidateScore(
+                index=score.index,
+                logprob=score.logprob,
+                tokens=_logprobs(score.tokens),
+                probability=score.probability,
+                calibration_logprob=(
+                    score.calibration_logprob if score.HasField("calibration_logprob") else None
+                ),
+            )
+            for score in response.scores
+        ),
+        prompt_tokens=response.usage.prompt_tokens,
+        candidate_tokens=response.usage.completion_tokens,
+        timings=_timings(response.timings),
     )
 
 
@@ -296,6 +359,16 @@ def health_from_pb(response: health_pb2.HealthCheckResponse) -> types.HealthStat
     """A service's status."""
     statuses = health_pb2.HealthCheckResponse.ServingStatus
     return types.HealthStatus(_enum_name(statuses, response.status, "", "unknown"))
+
+
+def _timings(timings: pb.Timings) -> types.Timings:
+    return types.Timings(
+        queue_ms=timings.queue_ms,
+        prefill_ms=timings.prefill_ms,
+        decode_ms=timings.decode_ms,
+        ttft_ms=timings.ttft_ms,
+        e2e_ms=timings.e2e_ms,
+    )
 
 
 def _finish_reason(value: int) -> types.FinishReason:

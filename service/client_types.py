@@ -164,6 +164,42 @@ class Generation:
         return self.sequences[0].token_ids
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CandidateScore:
+    """How likely the model finds one candidate. Natural logarithms.
+
+    logprob              sum over the candidate's tokens
+    probability          its share among all candidates of the call, calibrated where asked for
+    calibration_logprob  its log-probability after the calibration prompt
+    """
+
+    index: int
+    logprob: float
+    tokens: tuple[TokenLogprob, ...]
+    probability: float
+    calibration_logprob: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoreResult:
+    """The answer of `score`, in the order of its candidates.
+
+    `prompt_tokens` counts the prompt, without a calibration prompt; `candidate_tokens` counts all
+    candidates, each once.
+    """
+
+    request_id: str
+    scores: tuple[CandidateScore, ...]
+    prompt_tokens: int
+    candidate_tokens: int
+    timings: Timings
+
+    @property
+    def best(self) -> int:
+        """Index of the most probable candidate; of equal ones the first."""
+        return max(self.scores, key=lambda score: score.probability).index
+
+
 @dataclass(frozen=True, slots=True)
 class Tokenization:
     """A text's ids and the piece of text of each."""

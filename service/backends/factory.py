@@ -65,14 +65,18 @@ class BackendEntry:
 
 def _load_mock(options: LoadOptions) -> LoadedModel:
     from gptjet.service.backends.mock import MockBackend
+    from gptjet.service.backends.mock_delays import delays_of
     from gptjet.service.engine.tokenizer import ByteTokenizer
 
     context = 512
+    delays = delays_of(options.model)
     tokens = options.kv_cache_tokens or options.max_sequences * context
     backend = MockBackend(
         max_context=context,
         max_sequences=options.max_sequences,
         num_kv_blocks=max(1, tokens // 16),
+        prefill_ms=delays.prefill_ms,
+        decode_ms=delays.decode_ms,
     )
     return LoadedModel(backend, ByteTokenizer())
 
@@ -111,7 +115,8 @@ BACKENDS: dict[str, BackendEntry] = {
         _load_fused,
     ),
     "mock": BackendEntry(
-        "a toy with output known by hand, for tests; ignores the model", _load_mock
+        "a toy with output known by hand, slowed by --model mock:prefill_ms=20,decode_ms=5",
+        _load_mock,
     ),
     "huggingface": BackendEntry(
         "transformers' own model, eager, one sequence a step; any causal LM, CPU or GPU",

@@ -8,17 +8,21 @@ model's default in transformers (eager for GPT-J, which has no SDPA path there).
 
 from __future__ import annotations
 
+import copy
 import inspect
 import logging
+from collections.abc import Generator
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
 
 from gptjet.service.backends.device import choose_device, choose_dtype, dtype_name, free_bytes
 from gptjet.service.backends.factory import LoadedModel
+from gptjet.service.backends.logprobs import token_logprobs
 from gptjet.service.backends.threads import choose_cpu_threads
-from gptjet.service.engine.backend import BackendSpec, PrefillResult, ScheduledBatch
+from gptjet.service.engine.backend import BackendSpec, PrefillResult, ScheduledBatch, ScoreJob
 from gptjet.service.engine.errors import BackendLoadError
 from gptjet.service.models.architecture import one_line, verify_architecture
 from gptjet.service.models.checkpoint import Checkpoint, resolve_checkpoint
@@ -36,6 +40,8 @@ _BLOCK_SIZE = 16
 _DEFAULT_CONTEXT = 2048
 # The rest is for activations: eager attention of a 2048-token GPT-J prefill holds about 1 GiB.
 _KV_SHARE_OF_FREE_MEMORY = {"cuda": 0.6, "cpu": 0.5}
+# Tokens of a candidate scored at once: at 50,400 ids their logits take 26 MB in float32.
+_SCORE_CHUNK = 128
 
 _log = logging.getLogger(__name__)
 
@@ -145,6 +151,27 @@ class HuggingFaceBackend:
             self._caches[sequence.sequence_id] = cache
         return torch.cat(logits)
 
+    def score(self, job: ScoreJob) -> Generator[None, None, tuple[torch.Tensor, ...]]:
+        """The prompt is computed once; each candidate goes on from its cache, which is cut back.
+
+        A candidate's first token is read off the prompt's logits, so one token costs no forward.
+        """
+        cache = self._new_cache()
+        after_prompt = self._forward(list(job.prompt_token_ids), cache)  # [1, V]
+        scores = []
+        for candidate in job.candidates:
+            logprobs = [token_logprobs(after_prompt, candidate[:1])]
+            if len(candidate) > 1:
+                fork, inputs, targets = _Fork(cache), candidate[:-1], candidate[1:]
+                for start in range(0, len(inputs), _SCORE_CHUNK):
+                    yield
+                    chunk = slice(start, start + _SCORE_CHUNK)
+                    rows = self._forward(list(inputs[chunk]), fork.cache, every_position=True)
+                    logprobs.append(token_logprobs(rows, targets[chunk]))
+                fork.join()
+            scores.append(torch.cat(logprobs))
+        return tuple(scores)
+
     def release(self, sequence: Sequence) -> None:
         """Forget the sequence's cache."""
         self._caches.pop(sequence.sequence_id, None)
@@ -196,6 +223,26 @@ class HuggingFaceBackend:
                 f"huggingface backend cannot serve it"
             )
         return int(columns), sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
+
+
+class _Fork:
+    """A prompt's cache to go on from, and the way back to the prompt alone.
+
+    Layers of plain attention are cut back, which costs nothing; a window or a state that has moved
+    on cannot be, so a model that has one goes on from a copy.
+    """
+
+    def __init__(self, prompt: DynamicCache) -> None:
+        self._num_tokens = prompt.get_seq_length()
+        self._is_copy = any(type(layer) is not DynamicLayer for layer in prompt.layers)
+        with torch.inference_mode():
+            self.cache = copy.deepcopy(prompt) if self._is_copy else prompt
+
+    def join(self) -> None:
+        """Leave the prompt's cache as it was."""
+        if not self._is_copy:
+            with torch.inference_mode():
+                self.cache.crop(self._num_tokens - self.cache.get_seq_length())
 
 
 def load(options: LoadOptions) -> LoadedModel:

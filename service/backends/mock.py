@@ -11,10 +11,12 @@ So "abc" goes on "defgh…" for ever and "The X" goes on "YZ" and ends.
 from __future__ import annotations
 
 import time
+from collections.abc import Generator
 
 import torch
 
-from gptjet.service.engine.backend import BackendSpec, PrefillResult, ScheduledBatch
+from gptjet.service.backends.logprobs import token_logprobs
+from gptjet.service.engine.backend import BackendSpec, PrefillResult, ScheduledBatch, ScoreJob
 from gptjet.service.engine.sequence import Sequence
 from gptjet.service.engine.tokenizer import ByteTokenizer
 
@@ -142,6 +144,30 @@ class MockBackend:
             inputs += (sequence.last_token_id, *drafts)
         return _logits_of(inputs)
 
+    def score(self, job: ScoreJob) -> Generator[None, None, tuple[torch.Tensor, ...]]:
+        """By the class's rule; one piece for the prompt, one for each candidate.
+
+        Meanwhile the job's prompt is in `cached` under its id, as a model's KV cache would be;
+        paged, it is in the job's blocks.
+        """
+        prompt = list(job.prompt_token_ids)
+        if not self._spec.paged:
+            self.cached[job.job_id] = prompt
+        try:
+            time.sleep(self._prefill_s)
+            own = self._write_prompt(job) if self._spec.paged else []
+            scores = []
+            for index, candidate in enumerate(job.candidates):
+                yield
+                time.sleep(self._decode_s)
+                if self._spec.paged:
+                    self._write_candidate(job, index, own[index])
+                before = [*prompt, *candidate][-len(candidate) - 1 : -1]
+                scores.append(token_logprobs(_logits_of(before), candidate))
+            return tuple(scores)
+        finally:
+            self.cached.pop(job.job_id, None)
+
     def release(self, sequence: Sequence) -> None:
         """Forget the sequence's tokens; the blocks of the paged mode keep theirs."""
         self.cached.pop(sequence.sequence_id, None)
@@ -178,7 +204,39 @@ class MockBackend:
                 f"{where}: tokens [{start}, {end}) with {sequence.num_computed_tokens} computed "
                 f"and blocks for {len(table) * size}"
             )
-        state = _EMPTY
+        self._write_slots(where, table, tokens, start, end)
+
+    def _write_prompt(self, job: ScoreJob) -> list[list[int]]:
+        """Compute a job's prompt after its cached tokens; returns the candidates' own blocks."""
+        size, prompt = self._spec.block_size, job.prompt_token_ids
+        position = -(-len(prompt) // size)
+        own = []
+        for candidate in job.candidates:
+            count = -(-(len(prompt) % size + len(candidate)) // size)
+            own.append(list(job.block_table[position : position + count]))
+            position += count
+        if position != len(job.block_table):
+            raise RuntimeError(f"job {job.job_id}: {len(job.block_table)} blocks, not {position}")
+        if not 0 <= job.num_cached_tokens < len(prompt):
+            raise RuntimeError(f"job {job.job_id}: {job.num_cached_tokens} of its prompt cached")
+        start, end = job.num_cached_tokens, len(prompt)
+        self._write_slots(f"job {job.job_id}", list(job.block_table), list(prompt), start, end)
+        return own
+
+    def _write_candidate(self, job: ScoreJob, index: int, own: list[int]) -> None:
+        """Compute a candidate in blocks of its own, the prompt's last part copied into them."""
+        size, prompt = self._spec.block_size, list(job.prompt_token_ids)
+        full = len(prompt) // size
+        for slot in range(len(prompt) % size):
+            self._slots[own[0] * size + slot] = self._slots[job.block_table[full] * size + slot]
+        table, tokens = [*job.block_table[:full], *own], [*prompt, *job.candidates[index]]
+        self._write_slots(f"job {job.job_id}", table, tokens, len(prompt), len(tokens))
+
+    def _write_slots(
+        self, where: str, table: list[int], tokens: list[int], start: int, end: int
+    ) -> None:
+        """Put what stands for tokens [start, end) in their slots; those before are checked."""
+        size, state = self._spec.block_size, _EMPTY
         for position in range(end):
             state = hash((state, position, tokens[position]))
             slot = table[position // size] * size + position % size

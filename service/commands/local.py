@@ -29,6 +29,11 @@ class LocalModel:
         """Ends the command where the model cannot be loaded."""
         self._engine = _load(config)
 
+    @property
+    def engine(self) -> Engine:
+        """What runs it; for the caller's thread alone."""
+        return self._engine
+
     def stream(
         self,
         prompt: str | tuple[int, ...],

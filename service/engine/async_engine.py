@@ -9,15 +9,17 @@ import threading
 from collections import deque
 from typing import TYPE_CHECKING
 
-from gptjet.service.engine.engine import Engine, refusal
+from gptjet.service.engine.engine import Engine, refusal, refused_score
 from gptjet.service.engine.errors import EngineUnavailableError, QueueFullError
 from gptjet.service.engine.request import FinishReason, Request, RequestOutput
+from gptjet.service.engine.score_call import ScoreCall
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
 
     from gptjet.service.engine.backend import Backend, BackendSpec
     from gptjet.service.engine.config import EngineConfig
+    from gptjet.service.engine.score import ScoreOutcome, ScoreRequest
     from gptjet.service.engine.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -84,9 +86,10 @@ class AsyncEngine:
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._streams: set[RequestStream] = set()
-        self._not_started: set[RequestStream] = set()
-        # These two belong to the engine thread.
+        self._streams: set[RequestStream | ScoreCall] = set()
+        self._not_started: set[RequestStream | ScoreCall] = set()
+        # These three belong to the engine thread.
+        self._score_key_of: dict[ScoreCall, int] = {}
         self._stream_of: dict[int, RequestStream] = {}
         self._key_of: dict[RequestStream, int] = {}
         self._refusal: str | None = "the engine has not been started"
@@ -145,17 +148,21 @@ class AsyncEngine:
         Raises EngineUnavailableError before `start` and from `drain` on, InvalidRequestError if
         the request can never be served, QueueFullError at the queue's bound.
         """
-        if self._refusal is not None:
-            raise EngineUnavailableError(self._refusal)
+        self._refuse_if_unavailable()
         self._engine.validate(request)
-        if len(self._not_started) >= self.config.max_queue_size:
-            raise QueueFullError(self.config.max_queue_size, _QUEUE_FULL_RETRY_S)
+        self._refuse_if_full()
         stream = RequestStream(request, self._cancel)
-        self._streams.add(stream)
-        self._not_started.add(stream)
-        self._idle.clear()
-        self._inbox.put(lambda: self._add(stream))
+        self._enqueue(stream, lambda: self._add(stream))
         return stream
+
+    def submit_score(self, request: ScoreRequest) -> ScoreCall:
+        """Queue a score request, in the same queue; raises what `submit` raises."""
+        self._refuse_if_unavailable()
+        self._engine.scorer.validate(request)
+        self._refuse_if_full()
+        call = ScoreCall(request, self._cancel_score)
+        self._enqueue(call, lambda: self._add_score(call))
+        return call
 
     async def drain(self, grace_s: float) -> bool:
         """Take nothing new and wait up to `grace_s` for what is queued and running.
@@ -183,6 +190,30 @@ class AsyncEngine:
             await asyncio.to_thread(thread.join)
 
     # --- event loop side ---
+
+    def _refuse_if_unavailable(self) -> None:
+        if self._refusal is not None:
+            raise EngineUnavailableError(self._refusal)
+
+    def _refuse_if_full(self) -> None:
+        if len(self._not_started) >= self.config.max_queue_size:
+            raise QueueFullError(self.config.max_queue_size, _QUEUE_FULL_RETRY_S)
+
+    def _enqueue(self, submitted: RequestStream | ScoreCall, command: Callable[[], None]) -> None:
+        self._streams.add(submitted)
+        self._not_started.add(submitted)
+        self._idle.clear()
+        self._inbox.put(command)
+
+    def _cancel_score(self, call: ScoreCall, reason: FinishReason) -> None:
+        self._inbox.put(lambda: self._cancel_score_in_thread(call, reason))
+
+    def _end_score(self, call: ScoreCall, outcome: ScoreOutcome) -> None:
+        self._not_started.discard(call)
+        self._streams.discard(call)
+        call.deliver(outcome)
+        if not self._streams:
+            self._idle.set()
 
     def _cancel(self, stream: RequestStream, reason: FinishReason) -> None:
         self._inbox.put(lambda: self._cancel_in_thread(stream, reason))
@@ -257,6 +288,32 @@ class AsyncEngine:
             return
         self._stream_of[key] = stream
         self._key_of[stream] = key
+
+    def _add_score(self, call: ScoreCall) -> None:
+        def end(outcome: ScoreOutcome) -> None:
+            self._score_key_of.pop(call, None)
+            self._tell_loop(self._end_score, call, outcome)
+
+        try:
+            key = self._engine.add_score_unchecked(
+                call.request, lambda: self._tell_loop(self._not_started.discard, call), end
+            )
+        except Exception as error:  # noqa: BLE001 - logged by refused_score, told to the caller
+            end(refused_score(error))
+            return
+        self._score_key_of[call] = key
+
+    def _cancel_score_in_thread(self, call: ScoreCall, reason: FinishReason) -> None:
+        key = self._score_key_of.get(call)
+        if key is not None:
+            self._engine.cancel(key, reason)
+
+    def _tell_loop(self, function: Callable[..., None], *arguments: object) -> None:
+        assert self._loop is not None
+        try:
+            self._loop.call_soon_threadsafe(function, *arguments)
+        except RuntimeError:
+            logger.warning("the event loop has closed: the end of a score request is dropped")
 
     def _cancel_in_thread(self, stream: RequestStream, reason: FinishReason) -> None:
         key = self._key_of.get(stream)

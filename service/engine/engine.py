@@ -34,13 +34,17 @@ from gptjet.service.engine.request import (
 )
 from gptjet.service.engine.sampler import NonFiniteLogitsError, Sampler
 from gptjet.service.engine.scheduler import Scheduler
+from gptjet.service.engine.score import ScoreOutcome
+from gptjet.service.engine.scoring import Scorer
 from gptjet.service.engine.sequence import Sequence, SequenceStatus
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from collections.abc import Sequence as Seq
 
     import torch
 
+    from gptjet.service.engine.score import ScoreRequest
     from gptjet.service.engine.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -86,6 +90,7 @@ class Engine:
 
     `add` queues a request and returns its key; each `step` advances one batch and returns what
     became certain, as (key, RequestOutput) pairs; the last output of a request has its summary.
+    `add_score` queues a score request, which ends with one call of its `on_end` inside a `step`.
     Not thread-safe: `AsyncEngine` owns one and calls it from its thread.
     """
 
@@ -103,6 +108,7 @@ class Engine:
             max_prefill_tokens=self.config.max_prefill_tokens,
         )
         self.sampler = Sampler(self.spec.vocab_size, self.spec.eos_token_ids)
+        self.scorer = Scorer(backend, self.scheduler, _log_failure)
         self._requests: dict[int, _RequestState] = {}
         self._request_of: dict[int, _RequestState] = {}  # by sequence_id
         self._deadlines: list[tuple[int, int]] = []  # heap of (deadline_ns, key)
@@ -112,17 +118,18 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """Whether any request is waiting or running."""
-        return bool(self._requests)
+        return bool(self._requests) or self.scorer.has_work
 
     @property
     def num_requests(self) -> int:
         """Requests waiting or running."""
-        return len(self._requests)
+        return len(self._requests) + self.scorer.num_requests
 
     @property
     def num_waiting_requests(self) -> int:
         """Requests of which no sequence has run yet."""
-        return sum(not state.started for state in self._requests.values())
+        waiting = sum(not state.started for state in self._requests.values())
+        return waiting + self.scorer.num_waiting_requests
 
     def validate(self, request: Request) -> None:
         """Raise InvalidRequestError if the request can never be served. Reads constants only."""
@@ -151,8 +158,7 @@ class Engine:
         Raises InvalidRequestError if it can never be served and QueueFullError at the bound.
         """
         self.validate(request)
-        if self.num_waiting_requests >= self.config.max_queue_size:
-            raise QueueFullError(self.config.max_queue_size, retry_after_s=1.0)
+        self._refuse_if_full()
         return self.add_unchecked(request)
 
     def add_unchecked(self, request: Request) -> int:
@@ -175,25 +181,54 @@ class Engine:
         self._requests[key] = state
         for sequence in sequences:
             self._request_of[sequence.sequence_id] = state
-        if request.deadline_ns is not None:
-            self._drop_stale_deadlines()
-            heapq.heappush(self._deadlines, (request.deadline_ns, key))
+        self._watch_deadline(key, request.deadline_ns)
         self.scheduler.add(sequences)
+        return key
+
+    def add_score(self, request: ScoreRequest, on_end: Callable[[ScoreOutcome], None]) -> int:
+        """Queue a score request and return its key.
+
+        Raises InvalidRequestError if it can never be served and QueueFullError at the bound.
+        """
+        self.scorer.validate(request)
+        self._refuse_if_full()
+        return self.add_score_unchecked(request, lambda: None, on_end)
+
+    def add_score_unchecked(
+        self,
+        request: ScoreRequest,
+        on_start: Callable[[], None],
+        on_end: Callable[[ScoreOutcome], None],
+    ) -> int:
+        """`add_score` for a caller that has validated the request and counts the queue itself."""
+        key = next(self._keys)
+        job_ids = [next(self._sequence_ids) for _ in request.prompts]
+        self.scorer.add(key, job_ids, request, on_start, on_end)
+        self._watch_deadline(key, request.deadline_ns)
         return key
 
     def cancel(
         self, key: int, reason: FinishReason = FinishReason.CANCELLED
     ) -> list[tuple[int, RequestOutput]]:
         """Stop a request now and free what it holds. An unknown or finished key is fine."""
+        self.scorer.cancel(key, reason)
         state = self._requests.get(key)
         return [] if state is None else self._abort(state.sequences, reason)
 
     def step(self) -> list[tuple[int, RequestOutput]]:
-        """Advance one batch. Never raises for what a request or a backend does wrong."""
+        """Advance one batch, or one piece of a score request.
+
+        Never raises for what a request or a backend does wrong.
+        """
         outputs = self._expire_deadlines()
+        if self.scorer.is_due() and self.scorer.run_piece():
+            self.scheduler.require_decode()
+            return outputs
         batch = self.scheduler.schedule()
         if batch is None:
+            self.scorer.run_piece()
             return outputs
+        self.scorer.note_step(batch.phase)
         now_ns = time.monotonic_ns()
         for sequence in batch.sequences:
             sequence.first_step_ns = sequence.first_step_ns or now_ns
@@ -209,6 +244,7 @@ class Engine:
     ) -> list[tuple[int, RequestOutput]]:
         """End `sequences` (None: every one) with ERROR; the log has the traceback and the id."""
         if sequences is None:
+            self.scorer.fail_all(error)
             sequences = tuple(s for state in self._requests.values() for s in state.sequences)
         return self._abort(sequences, FinishReason.ERROR, _log_failure(error, len(sequences)))
 
@@ -469,10 +505,23 @@ class Engine:
             outputs += self.cancel(key, FinishReason.DEADLINE)
         return outputs
 
+    def _watch_deadline(self, key: int, deadline_ns: int | None) -> None:
+        if deadline_ns is not None:
+            self._drop_stale_deadlines()
+            heapq.heappush(self._deadlines, (deadline_ns, key))
+
+    def _refuse_if_full(self) -> None:
+        if self.num_waiting_requests >= self.config.max_queue_size:
+            raise QueueFullError(self.config.max_queue_size, retry_after_s=1.0)
+
     def _drop_stale_deadlines(self) -> None:
         # Requests that finished in time leave their entries behind, perhaps hours from expiring.
-        if len(self._deadlines) > 64 + 2 * len(self._requests):
-            self._deadlines = [entry for entry in self._deadlines if entry[1] in self._requests]
+        if len(self._deadlines) > 64 + 2 * self.num_requests:
+            self._deadlines = [
+                entry
+                for entry in self._deadlines
+                if entry[1] in self._requests or entry[1] in self.scorer
+            ]
             heapq.heapify(self._deadlines)
 
 
@@ -492,6 +541,11 @@ def refusal(request: Request, error: Exception) -> RequestOutput:
             seed=request.seed,
         ),
     )
+
+
+def refused_score(error: Exception) -> ScoreOutcome:
+    """The outcome of a score request that failed before it was queued; logs the error."""
+    return ScoreOutcome(finish_reason=FinishReason.ERROR, error=_log_failure(error, 1))
 
 
 def _log_failure(error: Exception, num_sequences: int) -> EngineStepError:

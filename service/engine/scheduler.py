@@ -6,7 +6,7 @@ from collections import deque
 from typing import TYPE_CHECKING
 
 from gptjet.service.engine.backend import BackendSpec, Phase, ScheduledBatch
-from gptjet.service.engine.block_manager import BlockManager
+from gptjet.service.engine.block_manager import Allocation, BlockManager
 from gptjet.service.engine.prompt_lookup import PromptLookup
 from gptjet.service.engine.sequence import Sequence, SequenceStatus
 
@@ -31,6 +31,9 @@ class Scheduler:
 
     A running sequence that needs a block when none is free takes those of the latest arrival
     (itself, where it is that). That one waits at the head of the queue and is computed again.
+
+    Score jobs take room in the same order, that of their ids: a job is not overtaken for ever by
+    later sequences, nor the other way round.
     """
 
     def __init__(
@@ -54,6 +57,8 @@ class Scheduler:
         if self._chunk is not None and max_prefill_tokens is not None:
             self._chunk = min(self._chunk, max_prefill_tokens)
         self._decode_is_due = False
+        self._job_ids: set[int] = set()  # of those that hold room
+        self._waiting_job_id: int | None = None
 
     @property
     def has_work(self) -> bool:
@@ -110,12 +115,65 @@ class Scheduler:
         self.block_manager.free(sequence.sequence_id, forget=forget)
         sequence.block_table = []
 
+    # --- score jobs ---
+
+    def require_decode(self) -> None:
+        """Make the next step a decode, if anything can decode: a piece of a score job has run."""
+        self._decode_is_due = True
+
+    def admit_job(
+        self, job_id: int, num_blocks: int, token_ids: tuple[int, ...]
+    ) -> Allocation | None:
+        """Give a score job `num_blocks` blocks, and a slot where its cache is one; None: not yet.
+
+        `token_ids` is its prompt, whose beginning may be shared. A job that was refused is next in
+        line by its id until it is admitted, or finished.
+        """
+        self._waiting_job_id = job_id
+        if self.waiting and self.waiting[0].sequence_id < job_id:
+            return None
+        if not self._spec.paged and not self._has_slot:
+            return None
+        headroom = self._headroom() if self._spec.paged else 0
+        room = self.block_manager.allocate(job_id, num_blocks, token_ids, headroom=headroom)
+        if room is not None:
+            self._job_ids.add(job_id)
+            self._waiting_job_id = None
+        return room
+
+    def finish_job(
+        self, job_id: int, computed: tuple[int, ...] = (), *, forget: bool = False
+    ) -> None:
+        """Take a score job out and free its blocks, whether it holds room or waits for it.
+
+        computed  its prompt, if all of it is computed and others may share it
+        forget    what is in its blocks may be wrong: its step failed
+        """
+        if self._waiting_job_id == job_id:
+            self._waiting_job_id = None
+        if job_id in self._job_ids:
+            self._job_ids.remove(job_id)
+            if computed:
+                self.block_manager.commit(job_id, computed)
+            self.block_manager.free(job_id, forget=forget)
+
+    @property
+    def _has_slot(self) -> bool:
+        """One more sequence may hold a KV cache; a job holds one where the backend is not paged."""
+        held = len(self.running) + len(self.prefilling)
+        if not self._spec.paged:
+            held += len(self._job_ids)
+        return held < self._max_sequences
+
+    def _is_behind_a_job(self, sequence: Sequence) -> bool:
+        return self._waiting_job_id is not None and self._waiting_job_id < sequence.sequence_id
+
     # --- prefill ---
 
     def _admit(self) -> None:
         # In order: a long request at the head is not overtaken for ever by short ones behind it.
         for sequence in tuple(self.waiting):
-            if len(self.running) + len(self.prefilling) >= self._max_sequences:
+            if not self._has_slot or self._is_behind_a_job(sequence):
                 return
             leader = sequence.leader
             if leader is not None and leader in self.prefilling:
@@ -183,9 +241,7 @@ class Scheduler:
         admitted: list[Sequence] = []
         for follower in followers:
             follower.leader = None
-            num_admitted = len(self.running) + len(self.prefilling)
-            free = self.block_manager.num_free_blocks
-            if num_admitted < self._max_sequences and self._headroom() < free:
+            if self._has_slot and self._headroom() < self.block_manager.num_free_blocks:
                 self.waiting.remove(follower)
                 follower.block_table = self.block_manager.fork(
                     leader.sequence_id, follower.sequence_id

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from gptjet.kernels.batch import BlockGeometry
 from gptjet.service.embedded import EMBEDDED_NAME, build_prompt
 from gptjet.service.engine.errors import BackendLoadError
 from gptjet.service.models.checkpoint import Checkpoint, resolve_checkpoint
@@ -118,19 +119,20 @@ def quantize(options: QuantizeOptions, stage: Stage) -> QuantizeReport:
     weight_type = _stored_type(checkpoint)
     documents = _documents(text, tokenizer, options.text_tokens)
     before, calibration = None, None
-    if calibration_text is not None and method == "gptq":
-        calibration = _calibration_from(calibration_text, tokenizer, options.calibration_tokens)
-    if options.evaluate or (method == "gptq" and calibration is None):
+    writes_own_text = method == "gptq" and calibration_text is None
+    if options.evaluate or writes_own_text:
         weights = load_fused_weights(checkpoint, weight_type, progress=False)
         model = TorchModel(weights.geometry, weights.head, weights.layers())
         if options.evaluate:
             before = _perplexity(model, weights, documents, stage, "perplexity before")
-        if method == "gptq" and calibration is None:
+        if writes_own_text:
             calibration = _write_calibration(checkpoint, weights, model, tokenizer, options, stage)
         model.close()
         del model, weights
     weights = load_fused_weights(checkpoint, weight_type, progress=False)
-    _check_ids(calibration, weights)
+    if calibration_text is not None and method == "gptq":
+        ids = _documents(calibration_text, tokenizer, options.calibration_tokens)
+        calibration = _calibration_from(calibration_text, ids, weights.geometry)
     on_layer = stage(f"rounding to INT{options.bits}", weights.geometry.num_layers + 1)
     with new_folder(options.output) as folder:
         recipe = write_quantized(
@@ -204,11 +206,19 @@ def _perplexity(
     )
 
 
-def _calibration_from(text: Text, tokenizer: TransformersTokenizer, most: int) -> CalibrationSet:
-    documents = _documents(text, tokenizer, most)
-    sequences = split_windows(documents, _SEQUENCE_TOKENS)
+def _calibration_from(
+    text: Text, documents: list[list[int]], geometry: BlockGeometry
+) -> CalibrationSet:
+    """Raises BackendLoadError where there is too little text, or a token the model has not."""
+    sequences = split_windows(documents, min(_SEQUENCE_TOKENS, geometry.max_context))
     if not sequences:
-        raise BackendLoadError(f"calibration: {text.name} has fewer than two tokens")
+        raise BackendLoadError(f"{text.name} has fewer than two tokens: nothing to calibrate on")
+    largest = max(max(sequence) for sequence in sequences)
+    if largest >= geometry.vocab_size:
+        raise BackendLoadError(
+            f"the tokenizer gives id {largest} and the model has {geometry.vocab_size}: they do "
+            f"not belong together"
+        )
     return CalibrationSet(text.name, text.sha256, sequences)
 
 
@@ -237,15 +247,3 @@ def _write_calibration(
     )
     digest = hashlib.sha256(repr(sequences).encode()).hexdigest()
     return CalibrationSet(OWN_TEXT, digest, sequences)
-
-
-def _check_ids(calibration: CalibrationSet | None, weights: FusedWeights) -> None:
-    if calibration is None:
-        return
-    vocab_size = weights.geometry.vocab_size
-    largest = max(max(sequence) for sequence in calibration.sequences)
-    if largest >= vocab_size:
-        raise BackendLoadError(
-            f"the tokenizer gives id {largest} and the model has {vocab_size}: they do not "
-            f"belong together"
-        )

@@ -19,8 +19,10 @@ from gptjet.service.engine.request import (
     SamplingParams,
     SequenceSummary,
     Speculation,
+    Timings,
     TokenLogprob,
 )
+from gptjet.service.engine.score import ScoreResult
 
 GenerateMessage: TypeAlias = pb.GenerateRequest | pb.GenerateStreamRequest
 
@@ -140,20 +142,13 @@ def _logprob_to_pb(logprob: TokenLogprob) -> pb.TokenLogprob:
 
 def summary_to_pb(summary: RequestSummary) -> pb.GenerationSummary:
     """The end of a request."""
-    timings = summary.timings
     return pb.GenerationSummary(
         request_id=summary.request_id,
         finish_reason=_FINISH_REASON[summary.finish_reason],
         usage=pb.Usage(
             prompt_tokens=summary.prompt_tokens, completion_tokens=summary.completion_tokens
         ),
-        timings=pb.Timings(
-            queue_ms=timings.queue_ms,
-            prefill_ms=timings.prefill_ms,
-            decode_ms=timings.decode_ms,
-            ttft_ms=timings.ttft_ms,
-            e2e_ms=timings.e2e_ms,
-        ),
+        timings=_timings_to_pb(summary.timings),
         sequences=[_sequence_summary_to_pb(sequence) for sequence in summary.sequences],
         seed=summary.seed,
         speculation=_speculation_to_pb(summary.speculation),
@@ -168,6 +163,37 @@ def _speculation_to_pb(speculation: Speculation | None) -> pb.Speculation | None
         drafted_tokens=speculation.drafted_tokens,
         accepted_tokens=speculation.accepted_tokens,
         decode_steps=speculation.decode_steps,
+    )
+
+
+def _timings_to_pb(timings: Timings) -> pb.Timings:
+    return pb.Timings(
+        queue_ms=timings.queue_ms,
+        prefill_ms=timings.prefill_ms,
+        decode_ms=timings.decode_ms,
+        ttft_ms=timings.ttft_ms,
+        e2e_ms=timings.e2e_ms,
+    )
+
+
+def score_result_to_pb(result: ScoreResult) -> pb.ScoreResponse:
+    """The scores of one prompt's candidates."""
+    return pb.ScoreResponse(
+        request_id=result.request_id,
+        scores=[
+            pb.CandidateScore(
+                index=score.index,
+                logprob=score.logprob,
+                tokens=[_logprob_to_pb(token) for token in score.tokens],
+                probability=score.probability,
+                calibration_logprob=score.calibration_logprob,
+            )
+            for score in result.scores
+        ],
+        usage=pb.Usage(
+            prompt_tokens=result.prompt_tokens, completion_tokens=result.candidate_tokens
+        ),
+        timings=_timings_to_pb(result.timings),
     )
 
 

@@ -17,6 +17,7 @@ from google.protobuf import descriptor_pool
 
 from gptjet.service.engine.errors import FieldViolation, InvalidRequestError
 from gptjet.service.engine.request import FinishReason, RequestSummary
+from gptjet.service.engine.score import ScoreResult
 from gptjet.service.log import get_logger
 from gptjet.service.rpc.status import InternalError, RpcStatus, to_status
 from gptjet.service.rpc.wire import explain_undecodable
@@ -51,8 +52,11 @@ class RequestRecord:
     prompt: str | None = None
     prompt_tokens: int | None = None
     output_tokens: int | None = None
+    candidates: int | None = None
+    candidate_tokens: int | None = None
     finish_reason: FinishReason | None = None
     summary: RequestSummary | None = None
+    score: ScoreResult | None = None
 
     @property
     def deadline_reached(self) -> bool:
@@ -82,6 +86,8 @@ class RequestRecord:
             "finish_reason": self.finish_reason and self.finish_reason.value,
             "prompt_tokens": self.prompt_tokens,
             "output_tokens": self.output_tokens,
+            "candidates": self.candidates,
+            "candidate_tokens": self.candidate_tokens,
             **self._timings(),
             "peer": self.peer,
             "error": self.error,
@@ -91,6 +97,14 @@ class RequestRecord:
 
     def _timings(self) -> dict[str, object]:
         total_ms = round((time.monotonic_ns() - self.started_ns) / 1e6, 3)
+        if self.score is not None:
+            timings = self.score.timings
+            return {
+                "queue_ms": round(timings.queue_ms, 3),
+                "prefill_ms": round(timings.prefill_ms, 3),
+                "decode_ms": round(timings.decode_ms, 3),
+                "e2e_ms": total_ms,
+            }
         if self.summary is None:
             return {"e2e_ms": total_ms}
         timings = self.summary.timings

@@ -6,6 +6,7 @@ raised as the engine's own and become statuses in the interceptor.
 
 from __future__ import annotations
 
+import asyncio
 from importlib import metadata
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -13,14 +14,11 @@ from gptjet.proto.v1 import text_generation_pb2 as pb
 from gptjet.proto.v1 import text_generation_pb2_grpc as pb_grpc
 from gptjet.service.config import ServerConfig
 from gptjet.service.engine.async_engine import AsyncEngine, RequestStream
-from gptjet.service.engine.errors import (
-    EngineUnavailableError,
-    FieldViolation,
-    InvalidRequestError,
-)
+from gptjet.service.engine.errors import EngineUnavailableError
 from gptjet.service.engine.request import FinishReason, RequestOutput, new_request
 from gptjet.service.rpc import convert
 from gptjet.service.rpc.interceptors import RequestRecord, current_record
+from gptjet.service.rpc.score_request import bounded_ids, score_request_from_pb
 from gptjet.service.rpc.status import DeadlineExceededError
 from gptjet.service.rpc.text import TextCodec
 
@@ -95,6 +93,38 @@ class TextGenerationServicer(pb_grpc.TextGenerationServicer):
         finally:
             _leave(stream, record)
 
+    async def Score(  # noqa: N802
+        self, request: pb.ScoreRequest, _context: _Context
+    ) -> pb.ScoreResponse:
+        """Candidates' log-probabilities; one answer at the end."""
+        record = current_record()
+        record.request_id = request.request_id or None
+        engine, codec = self._ready()
+        if self._config.log_prompts:
+            record.prompt = request.text or str(list(request.token_ids.ids))
+        domain = await score_request_from_pb(
+            request,
+            codec,
+            engine.spec.max_context,
+            arrival_ns=record.started_ns,
+            deadline_ns=record.deadline_ns,
+        )
+        record.request_id = domain.request_id
+        record.prompt_tokens = len(domain.prompt_token_ids)
+        record.candidates = len(domain.candidates)
+        record.candidate_tokens = domain.candidate_tokens
+        call = engine.submit_score(domain)
+        try:
+            outcome = await call.outcome()
+        except asyncio.CancelledError:
+            call.cancel(record.leave())
+            raise
+        record.finish_reason = outcome.finish_reason
+        _raise_unless_finished(outcome.finish_reason, outcome.error)
+        assert outcome.result is not None
+        record.score = outcome.result
+        return convert.score_result_to_pb(outcome.result)
+
     async def Tokenize(  # noqa: N802
         self, request: pb.TokenizeRequest, _context: _Context
     ) -> pb.TokenizeResponse:
@@ -161,17 +191,7 @@ class TextGenerationServicer(pb_grpc.TextGenerationServicer):
     ) -> tuple[int, ...]:
         if message.WhichOneof("prompt") != "token_ids":
             return await codec.encode_prompt(message.text)
-        ids = message.token_ids.ids
-        max_context = engine.spec.max_context
-        if len(ids) > max_context:  # before a million ids are copied
-            raise InvalidRequestError(
-                FieldViolation(
-                    "prompt",
-                    f"must leave room for one token in the context of {max_context}, "
-                    f"got {len(ids)} tokens",
-                )
-            )
-        return tuple(ids)
+        return bounded_ids("prompt", message.token_ids.ids, engine.spec.max_context)
 
 
 def _observe(output: RequestOutput, record: RequestRecord) -> None:
@@ -183,11 +203,16 @@ def _observe(output: RequestOutput, record: RequestRecord) -> None:
         record.finish_reason = output.summary.finish_reason
     if output.finish_reason in (FinishReason.ERROR, FinishReason.DEADLINE, FinishReason.CANCELLED):
         record.finish_reason = output.finish_reason
-    if output.error is not None:
-        raise output.error
-    if output.finish_reason is FinishReason.DEADLINE:
+    _raise_unless_finished(output.finish_reason, output.error)
+
+
+def _raise_unless_finished(reason: FinishReason | None, error: Exception | None) -> None:
+    """Raise where `reason` is the end of a request that did not finish."""
+    if error is not None:
+        raise error
+    if reason is FinishReason.DEADLINE:
         raise DeadlineExceededError
-    if output.finish_reason is FinishReason.CANCELLED:
+    if reason is FinishReason.CANCELLED:
         # The caller did not do it, else this task would have been cancelled: the grace is over.
         raise EngineUnavailableError("the server stopped before the request was finished")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
@@ -49,17 +49,31 @@ class TextCodec:
 
         Raises InvalidRequestError, without tokenizing, if the text cannot fit the context.
         """
-        if not text:
-            return ()
-        if (size := _utf8_length(text, self.max_prompt_bytes)) > self.max_prompt_bytes:
-            raise InvalidRequestError(
-                FieldViolation(
-                    "prompt",
-                    f"must be at most {self.max_prompt_bytes} bytes of text, the context of "
-                    f"{self._max_context} tokens of {self._longest_token_bytes} bytes, got {size}",
-                )
+        (ids,) = await self.encode_prompts({"prompt": text})
+        return ids
+
+    async def encode_prompts(self, texts: Mapping[str, str]) -> list[tuple[int, ...]]:
+        """Ids of several texts by `encode_prompt`'s rules, each tokenized by itself.
+
+        The keys are what an InvalidRequestError calls them; it names every one that is too long.
+        """
+        limit = self.max_prompt_bytes
+        violations = [
+            FieldViolation(
+                field,
+                f"must be at most {limit} bytes of text, the context of {self._max_context} "
+                f"tokens of {self._longest_token_bytes} bytes, got {size}",
             )
-        return tuple(await self._run(len(text), lambda: self._tokenizer.encode(text)))
+            for field, text in texts.items()
+            if (size := _utf8_length(text, limit)) > limit
+        ]
+        if violations:
+            raise InvalidRequestError(*violations)
+
+        def run() -> list[tuple[int, ...]]:
+            return [tuple(self._tokenizer.encode(text)) if text else () for text in texts.values()]
+
+        return await self._run(sum(map(len, texts.values())), run)
 
     async def tokenize(self, text: str) -> tuple[list[int], list[str]]:
         """Ids of a text of any meaning, and the piece of text of each."""

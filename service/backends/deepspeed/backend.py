@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
 from collections.abc import Sequence as Seq
 from typing import TYPE_CHECKING
 
 import torch
 
 from gptjet.service.backends.deepspeed.injected_model import InjectedModel, InjectedRequest
-from gptjet.service.engine.backend import BackendSpec, PrefillResult, ScheduledBatch
+from gptjet.service.backends.logprobs import token_logprobs
+from gptjet.service.engine.backend import BackendSpec, PrefillResult, ScheduledBatch, ScoreJob
 
 if TYPE_CHECKING:
     from gptjet.service.engine.sequence import Sequence
@@ -87,6 +89,35 @@ class DeepSpeedBackend:
             )
         return _owned(request.decode_one_token(torch.tensor([[sequence.last_token_id]])))
 
+    def score(self, job: ScoreJob) -> Generator[None, None, tuple[torch.Tensor, ...]]:
+        """One prefill of prompt and candidate for each candidate of several tokens.
+
+        The workspace's counter goes forward or back to the start, and an input of several tokens
+        always starts a sequence: the prompt cannot be kept from one candidate to the next. What is
+        computed once is the first token of every candidate, so labels of one token cost one prompt.
+
+        Between two pieces the workspace is nobody's. Raises RuntimeError where a sequence holds it:
+        a bug above.
+        """
+        after_prompt: torch.Tensor | None = None
+        later: list[torch.Tensor] = []
+        prompt = job.prompt_token_ids
+        for candidate in job.candidates:
+            if len(candidate) == 1:
+                later.append(torch.empty(0))
+                continue
+            if after_prompt is not None:
+                yield
+            rows = self._rows_from(prompt, candidate[:-1])
+            after_prompt = rows[:1]
+            later.append(token_logprobs(rows[1:], candidate[1:]))
+        if after_prompt is None:
+            after_prompt = self._rows_from(prompt, ())
+        return tuple(
+            torch.cat([token_logprobs(after_prompt, candidate[:1]), rest])
+            for candidate, rest in zip(job.candidates, later, strict=True)
+        )
+
     def release(self, sequence: Sequence) -> None:
         """Leave the workspace clean for the next sequence."""
         if sequence.sequence_id == self._sequence_id:
@@ -98,6 +129,17 @@ class DeepSpeedBackend:
         self._model.close()
         if self._model.device.type == "cuda":
             torch.cuda.empty_cache()
+
+    def _rows_from(self, prompt: tuple[int, ...], more: tuple[int, ...]) -> torch.Tensor:
+        """Logits [1 + len(more), V] float32: after the prompt, and after each token of `more`."""
+        if self._request is not None:
+            raise RuntimeError(
+                f"nothing can be scored: sequence {self._sequence_id} holds DeepSpeed's one KV "
+                "workspace"
+            )
+        token_ids = torch.tensor([[*prompt, *more]])
+        with self._model.begin(max_tokens=token_ids.shape[1]) as request:
+            return request.prefill_last_positions(token_ids, 1 + len(more))[0]
 
     def _end_request(self) -> None:
         request, self._request, self._sequence_id = self._request, None, None

@@ -268,6 +268,18 @@ class InjectedRequest:
         return last, torch.cat(earlier, dim=1)
 
     @torch.inference_mode()
+    def prefill_last_positions(self, token_ids: torch.Tensor, count: int) -> torch.Tensor:
+        """As `prefill`, with the logits of the last `count` positions: [B, count, V] float32.
+
+        They are in host memory. Raises ValueError unless 1 <= count <= L.
+        """
+        if not 1 <= count <= token_ids.shape[1]:
+            raise ValueError(f"{count} positions of {token_ids.shape[1]}")
+        hidden = self._prefill(token_ids, None)[:, -count:]
+        chunks = torch.split(hidden, _LOGITS_CHUNK, dim=1)
+        return torch.cat([self._model.logits(chunk).cpu() for chunk in chunks], dim=1)
+
+    @torch.inference_mode()
     def decode_one_token(self, token_ids: torch.Tensor) -> torch.Tensor:
         """Compute one more token a row: token_ids [B, 1] int64 -> logits [B, V] float32."""
         if self._num_tokens == 0:

@@ -1,0 +1,1 @@
+"""Applications on the gRPC service: they know its client and nothing else of ours."""

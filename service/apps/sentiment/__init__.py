@@ -1,0 +1,1 @@
+"""The sentiment app: a label with probabilities and an explanation, or an honest "uncertain"."""
