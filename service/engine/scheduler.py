@@ -53,9 +53,9 @@ class Scheduler:
         self.running: deque[Sequence] = deque()
         self._spec = spec
         self._max_sequences = min(max_sequences, spec.max_sequences)
-        self._chunk = spec.max_prefill_tokens if spec.paged else None
-        if self._chunk is not None and max_prefill_tokens is not None:
-            self._chunk = min(self._chunk, max_prefill_tokens)
+        self.chunk = spec.max_prefill_tokens if spec.paged else None
+        if self.chunk is not None and max_prefill_tokens is not None:
+            self.chunk = min(self.chunk, max_prefill_tokens)
         self._decode_is_due = False
         self._job_ids: set[int] = set()  # of those that hold room
         self._waiting_job_id: int | None = None
@@ -212,7 +212,7 @@ class Scheduler:
         if self._spec.paged:
             for sequence in prompts:
                 self._reuse(sequence)
-        if self._chunk is None:
+        if self.chunk is None:
             chosen = tuple(prompts[: self._spec.max_prefill_batch_size])
             lengths = tuple(s.num_uncomputed_tokens for s in chosen) if self._spec.paged else ()
             return ScheduledBatch(Phase.PREFILL, chosen, lengths)
@@ -220,8 +220,8 @@ class Scheduler:
         others.sort(key=lambda sequence: sequence.num_uncomputed_tokens)
         others = others[: self._spec.max_prefill_batch_size - 1]
         wanted = sum(sequence.num_uncomputed_tokens for sequence in others)
-        chunks = {oldest: self._chunk - min(wanted, self._chunk // 2)}
-        left = self._chunk
+        chunks = {oldest: self.chunk - min(wanted, self.chunk // 2)}
+        left = self.chunk
         for sequence in (oldest, *others):
             chunks[sequence] = min(sequence.num_uncomputed_tokens, chunks.get(sequence, left))
             left -= chunks[sequence]
