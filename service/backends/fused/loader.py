@@ -112,6 +112,7 @@ def _load_and_prove(
     references = _record(plan)
     weights = _load_weights(plan, progress=options.progress)
     computer = build_model(weights, plan.weight_type, plan.device, num_threads=plan.num_threads)
+    num_parameters = weights.num_parameters
     del weights
     limits = _limits(options, plan, computer)
     try:
@@ -121,6 +122,7 @@ def _load_and_prove(
             return verdict
         logger.info("parity with transformers passed: %s", verdict.detail)
         runner, spec = _serve(options, plan, computer, verdict, limits)
+        spec = dataclasses.replace(spec, num_parameters=num_parameters)
     except BaseException:
         computer.model.close()
         raise
