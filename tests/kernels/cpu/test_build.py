@@ -160,9 +160,7 @@ def test_processes_that_start_at_once_do_not_load_half_a_library(tmp_path: Path)
 
 
 @pytest.mark.parametrize("isa", build.ISAS)
-def test_a_pass_is_clean_under_the_sanitizers(
-    plain: ModuleType, tmp_path: Path, isa: str
-) -> None:
+def test_a_pass_is_clean_under_the_sanitizers(plain: ModuleType, tmp_path: Path, isa: str) -> None:
     """Addresses and undefined behaviour; the big buffers come from malloc here, to be watched."""
     compiler = build.find_compiler()[0]
     preload = []
