@@ -9,7 +9,8 @@ import threading
 from collections import deque
 from typing import TYPE_CHECKING
 
-from gptjet.service.engine.engine import Engine, refusal, refused_score
+from gptjet.service.engine.endings import refusal, refused_score
+from gptjet.service.engine.engine import Engine
 from gptjet.service.engine.errors import EngineUnavailableError, QueueFullError
 from gptjet.service.engine.request import FinishReason, Request, RequestOutput
 from gptjet.service.engine.score_call import ScoreCall

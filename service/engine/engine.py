@@ -6,7 +6,6 @@ import heapq
 import itertools
 import logging
 import time
-import uuid
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import TYPE_CHECKING, TypeAlias
@@ -14,9 +13,8 @@ from typing import TYPE_CHECKING, TypeAlias
 from gptjet.service.engine.backend import Backend, Phase, ScheduledBatch
 from gptjet.service.engine.config import EngineConfig
 from gptjet.service.engine.detokenizer import Detokenizer
+from gptjet.service.engine.endings import log_failure, summarize
 from gptjet.service.engine.errors import (
-    EngineError,
-    EngineStepError,
     FieldViolation,
     InvalidRequestError,
     QueueFullError,
@@ -25,10 +23,6 @@ from gptjet.service.engine.request import (
     FinishReason,
     Request,
     RequestOutput,
-    RequestSummary,
-    SequenceSummary,
-    Speculation,
-    Timings,
     TokenLogprob,
     validate_request,
 )
@@ -48,8 +42,6 @@ if TYPE_CHECKING:
     from gptjet.service.engine.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
-
-_NS_PER_MS = 1e6
 
 _Failure: TypeAlias = tuple[tuple[Sequence, ...], Exception]
 
@@ -107,8 +99,9 @@ class Engine:
             prefix_cache=self.config.prefix_cache,
             max_prefill_tokens=self.config.max_prefill_tokens,
         )
+        self._can_verify = self.spec.paged and self.spec.max_draft_tokens > 0
         self.sampler = Sampler(self.spec.vocab_size, self.spec.eos_token_ids)
-        self.scorer = Scorer(backend, self.scheduler, _log_failure)
+        self.scorer = Scorer(backend, self.scheduler, log_failure)
         self._requests: dict[int, _RequestState] = {}
         self._request_of: dict[int, _RequestState] = {}  # by sequence_id
         self._deadlines: list[tuple[int, int]] = []  # heap of (deadline_ns, key)
@@ -246,7 +239,7 @@ class Engine:
         if sequences is None:
             self.scorer.fail_all(error)
             sequences = tuple(s for state in self._requests.values() for s in state.sequences)
-        return self._abort(sequences, FinishReason.ERROR, _log_failure(error, len(sequences)))
+        return self._abort(sequences, FinishReason.ERROR, log_failure(error, len(sequences)))
 
     def _compute(self, batch: ScheduledBatch, outputs: list[tuple[int, RequestOutput]]) -> None:
         """Run the batch; appends to `outputs` as it goes, so that an error loses none of them."""
@@ -412,7 +405,7 @@ class Engine:
         if sequence.finish_reason is not None:
             self._close(state, sequence)
             if state.unfinished == 0:
-                summary = self._summarize(state)
+                summary = summarize(state.request, state.sequences, can_verify=self._can_verify)
         return state.key, RequestOutput(
             request_id=state.request.request_id,
             index=sequence.index,
@@ -451,52 +444,6 @@ class Engine:
                 outputs.append(self._report(sequence, text, error=error))
         return outputs
 
-    def _summarize(self, state: _RequestState) -> RequestSummary:
-        request, sequences = state.request, state.sequences
-        now_ns = time.monotonic_ns()
-        first_step_ns = min((s.first_step_ns for s in sequences if s.first_step_ns), default=now_ns)
-        first_token_ns = min((s.first_token_ns for s in sequences if s.first_token_ns), default=0)
-        last_token_ns = max(s.last_token_ns for s in sequences)
-
-        def ms(start_ns: int, end_ns: int) -> float:
-            return max(0, end_ns - start_ns) / _NS_PER_MS
-
-        timings = Timings(
-            queue_ms=ms(request.arrival_ns, first_step_ns),
-            prefill_ms=ms(first_step_ns, first_token_ns) if first_token_ns else 0.0,
-            decode_ms=ms(first_token_ns, last_token_ns) if first_token_ns else 0.0,
-            ttft_ms=ms(request.arrival_ns, first_token_ns) if first_token_ns else 0.0,
-            e2e_ms=ms(request.arrival_ns, last_token_ns or now_ns),
-        )
-        return RequestSummary(
-            request_id=request.request_id,
-            prompt_tokens=len(request.prompt_token_ids),
-            completion_tokens=sum(len(s.output_token_ids) for s in sequences),
-            timings=timings,
-            sequences=tuple(
-                SequenceSummary(
-                    index=s.index,
-                    finish_reason=s.finish_reason or FinishReason.ERROR,
-                    completion_tokens=len(s.output_token_ids),
-                    stop_match=s.stop_match,
-                )
-                for s in sequences
-            ),
-            seed=request.seed,
-            cached_prompt_tokens=sequences[0].num_cached_prompt_tokens,
-            speculation=self._speculation(state),
-        )
-
-    def _speculation(self, state: _RequestState) -> Speculation | None:
-        asked = state.request.sampling_params.prompt_lookup_tokens > 0
-        if not (asked and self.spec.paged and self.spec.max_draft_tokens):
-            return None
-        return Speculation(
-            drafted_tokens=sum(s.num_drafted_tokens for s in state.sequences),
-            accepted_tokens=sum(s.num_accepted_tokens for s in state.sequences),
-            decode_steps=sum(s.num_decode_steps for s in state.sequences),
-        )
-
     def _expire_deadlines(self) -> list[tuple[int, RequestOutput]]:
         outputs: list[tuple[int, RequestOutput]] = []
         now_ns = time.monotonic_ns()
@@ -523,39 +470,6 @@ class Engine:
                 if entry[1] in self._requests or entry[1] in self.scorer
             ]
             heapq.heapify(self._deadlines)
-
-
-def refusal(request: Request, error: Exception) -> RequestOutput:
-    """The one output of a request that failed before it was queued; logs the error."""
-    sequence = SequenceSummary(index=0, finish_reason=FinishReason.ERROR, completion_tokens=0)
-    return RequestOutput(
-        request_id=request.request_id,
-        finish_reason=FinishReason.ERROR,
-        error=_log_failure(error, request.sampling_params.n),
-        summary=RequestSummary(
-            request_id=request.request_id,
-            prompt_tokens=len(request.prompt_token_ids),
-            completion_tokens=0,
-            timings=Timings(),
-            sequences=(sequence,),
-            seed=request.seed,
-        ),
-    )
-
-
-def refused_score(error: Exception) -> ScoreOutcome:
-    """The outcome of a score request that failed before it was queued; logs the error."""
-    return ScoreOutcome(finish_reason=FinishReason.ERROR, error=_log_failure(error, 1))
-
-
-def _log_failure(error: Exception, num_sequences: int) -> EngineStepError:
-    error_id = uuid.uuid4().hex[:12]
-    logger.error(
-        "engine step failed, error id %s, %d sequences", error_id, num_sequences, exc_info=error
-    )
-    # A foreign exception's message stays in the log: it may hold what no caller should see.
-    detail = str(error) if isinstance(error, EngineError) else type(error).__name__
-    return EngineStepError(error_id, detail)
 
 
 def _entries(logprob: TokenLogprob | None) -> tuple[TokenLogprob, ...]:

@@ -52,7 +52,7 @@ def steps(scheduler: Scheduler, count: int) -> list[str]:
         if batch is None:
             shown.append("-")
         else:
-            chunks = batch.num_tokens if scheduler.chunk else ()
+            chunks = batch.num_tokens if scheduler.max_prefill_tokens else ()
             lengths = [f"x{n}" for n in chunks] or [""] * len(batch.sequences)
             named = zip(batch.sequences, lengths, strict=True)
             ids = ",".join(f"{s.sequence_id}{length}" for s, length in named)
