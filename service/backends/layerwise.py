@@ -159,9 +159,9 @@ class FusedValues:
 def _split_layer(layer: LayerWeights, geometry: BlockGeometry) -> dict[str, torch.Tensor]:
     width = geometry.num_heads * geometry.head_dim
     query, key, value, fc_in = torch.split(
-        _values(layer.w_in), (width, width, width, geometry.inner_size)
+        _values(layer.w_in), [width, width, width, geometry.inner_size]
     )
-    out_proj, fc_out = torch.split(_values(layer.w_out), (width, geometry.inner_size), dim=1)
+    out_proj, fc_out = torch.split(_values(layer.w_out), [width, geometry.inner_size], dim=1)
     return {
         "ln_1.weight": layer.norm_weight,
         "ln_1.bias": layer.norm_bias,

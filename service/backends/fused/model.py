@@ -106,7 +106,7 @@ def _giving_up_head(head: HeadWeights, layers: Iterator[LayerWeights]) -> Iterat
     """
     yield from itertools.islice(layers, 1)
     for weight in (head.embedding, _stored(head.lm_head)):
-        weight.set_()
+        weight.data = weight.new_empty(0)
     yield from layers
 
 

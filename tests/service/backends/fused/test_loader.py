@@ -41,7 +41,7 @@ def test_spec_says_what_the_scheduler_needs(
     spec = load_fused(make_gptj_checkpoint(), max_sequences=5).backend.spec
     assert spec.paged
     assert (spec.max_sequences, spec.max_batch_size, spec.max_prefill_batch_size) == (5, 5, 5)
-    assert (spec.max_prefill_tokens, spec.max_draft_tokens) == (256, 16)
+    assert (spec.max_prefill_tokens, spec.max_draft_tokens) == (128, 16)
     assert (spec.device, spec.dtype, spec.block_size) == ("cpu", "float32", 16)
     assert spec.num_kv_blocks == 5 * 4  # no more than five full contexts of 64 can use
     assert spec.eos_token_ids == (256,)

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from gptjet.service.engine.backend import ScoreJob
+from gptjet.service.engine.score import new_score_request
 
 pytestmark = pytest.mark.usefixtures("computer")
 
@@ -150,3 +151,32 @@ def test_block_table_of_another_length_is_refused(
     short = ScoreJob(1, job.prompt_token_ids, job.candidates, job.block_table[:-1])
     with pytest.raises(ValueError, match=r"needs 4 KV blocks, its block table has 3"):
         next(backend.score(short))
+
+
+def test_engine_scores_beside_running_streams_with_cached_prefixes(
+    make_gptj_checkpoint: Callable[..., Path],
+    load_fused: Callable[..., Any],
+    reference_of: Callable[..., Any],
+    drive: Callable[..., Any],
+) -> None:
+    folder = make_gptj_checkpoint(n_positions=96)
+    driver = drive(load_fused(folder, max_sequences=8), max_prefill_tokens=16)
+    texts = [random_tokens(n, n) for n in (3, 20, 44)]
+    keys = [driver.add(prompt, max_new_tokens=30) for prompt in texts]
+    driver.run(steps=8)
+    candidates = tuple(tuple(random_tokens(n, 2)) for n in (1, 6, 25))
+    outcomes: list[Any] = []
+    for prompt in (texts[2], texts[1], texts[2]):
+        driver.engine.add_score(new_score_request(tuple(prompt), candidates), outcomes.append)
+        driver.run(steps=5)
+    driver.run()
+    reference = reference_of(folder)
+    for prompt, outcome in zip((texts[2], texts[1], texts[2]), outcomes, strict=True):
+        assert outcome.error is None
+        for score, candidate in zip(outcome.result.scores, candidates, strict=True):
+            found = torch.tensor([token.logprob for token in score.tokens])
+            expected = reference.logprobs(prompt, candidate)
+            torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+    for key, prompt in zip(keys, texts, strict=True):
+        assert driver.tokens[key, 0] == reference.generate(prompt, 30)
+    driver.check_nothing_is_held()
