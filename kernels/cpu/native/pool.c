@@ -1,9 +1,9 @@
 /* A few threads that run one function together, with barriers and shared work inside it.
  *
- * Waiting has three stages. A thread first spins for well under a microsecond: the others are as a
+ * Waiting has three stages. A thread first spins for about a microsecond: the others are as a
  * rule that close behind. Then it yields the processor between looks, so that on a busy machine
  * whoever it waits for gets to run: there both threads may well be on one core, and every spin is
- * taken from the one that is waited for (spinning 60 times as long made a small model 10 to 25
+ * taken from the one that is waited for (spinning 30 times as long made a small model 10 to 25
  * times slower beside other load). Then it sleeps until it is woken. OpenMP's usual wait spins for
  * milliseconds, and two such programs on one machine stop each other. */
 #ifndef _GNU_SOURCE
@@ -28,7 +28,7 @@
 #endif
 
 #ifndef GPTJET_SPINS
-#define GPTJET_SPINS 30
+#define GPTJET_SPINS 60
 #endif
 enum { CACHE_LINE = 64, SPINS = GPTJET_SPINS };
 #ifndef GPTJET_YIELD_NS
