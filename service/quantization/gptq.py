@@ -115,40 +115,44 @@ def _round_columns(
 ) -> torch.Tensor:
     """Levels [N, K] int8 of weight [N, K] with the scale of each entry; hessian [K, K]."""
     order = hessian.diagonal().argsort(descending=True)
-    factor = _inverse_factor(hessian[order][:, order])
-    remaining = weight[:, order].clone()
-    scale = scale[:, order]
-    levels = torch.empty_like(remaining)
-    width = remaining.shape[1]
+    factor = _inverse_factor(hessian[order[:, None], order])
+    # Transposed, so that a column of the weight is contiguous: they are visited one by one.
+    remaining = weight.T[order].contiguous()
+    scale = scale.T[order].contiguous()
+    levels = torch.empty(remaining.shape, dtype=torch.int8)
+    width, outputs = remaining.shape
     for start in range(0, width, _COLUMNS_AT_ONCE):
         stop = min(start + _COLUMNS_AT_ONCE, width)
-        errors = torch.empty(len(remaining), stop - start)
+        errors = torch.empty(stop - start, outputs)
         for column in range(start, stop):
-            value, step = remaining[:, column], scale[:, column]
+            value, step = remaining[column], scale[column]
             level = (value / step).round_().clamp_(-8, 7)
-            levels[:, column] = level
+            levels[column] = level
             error = (value - level * step) / factor[column, column]
-            errors[:, column - start] = error
+            errors[column - start] = error
             # Within these columns at once, on the others when these are done: fewer passes.
-            remaining[:, column:stop] -= error[:, None] * factor[column, column:stop]
-        remaining[:, stop:] -= errors @ factor[start:stop, stop:]
-    restored = torch.empty(levels.shape, dtype=torch.int8)
-    restored[:, order] = levels.to(torch.int8)
-    return restored
+            remaining[column:stop].addr_(factor[column, column:stop], error, alpha=-1)
+        remaining[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
+    restored = torch.empty_like(levels)
+    restored[order] = levels
+    return restored.T
 
 
 def _inverse_factor(hessian: torch.Tensor) -> torch.Tensor:
-    """Upper Cholesky factor of the damped Hessian's inverse."""
+    """Upper Cholesky factor of the damped Hessian's inverse. The Hessian is used up."""
     mean = hessian.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny)
     # Scaled first: the factor's scale drops out, and float32 holds it whatever the activations are.
-    scaled = hessian / mean
+    hessian /= mean
+    added = 0.0
     for damping in _DAMPING:
-        damped = scaled + damping * torch.eye(len(scaled))
-        lower, failed = torch.linalg.cholesky_ex(damped)
+        hessian.diagonal().add_(damping - added)
+        added = damping
+        factor, failed = torch.linalg.cholesky_ex(hessian)
         if failed:
             continue
+        factor = torch.cholesky_inverse(factor)
         upper: torch.Tensor
-        upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+        upper, failed = torch.linalg.cholesky_ex(factor, upper=True)
         if not failed:
             return upper
     raise ValueError("the Hessian of the calibration activations is not positive definite")
