@@ -1,4 +1,4 @@
-"""Write the README's generated sections: the module map and the embedded checkpoint's figures.
+"""Write the README's generated sections: the module map, the checkpoint's and the app's figures.
 
 `make readme` rewrites them; tests/test_architecture.py fails while they differ from the tree. It
 needs the standard library only, so it runs before anything is installed.
@@ -16,6 +16,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ("proto", "service", "kernels", "benchmarks")
 EVALUATION = Path("service/embedded/evaluation.json")
+RESULTS = Path("benchmarks/results")
+# Of the files with such names the last one counts; their names begin with the date.
+SENTIMENT_RESULTS = "*-sentiment-embedded.json"
 DECIDERS = {
     "embedded": "**embedded checkpoint**",
     "vader": "VADER",
@@ -79,9 +82,51 @@ def checkpoint_figures(root: Path) -> str:
     return "\n".join(lines) + "\n"
 
 
+def sentiment_figures(root: Path) -> str:
+    """Return what `gptjet sentiment evaluate` measured, VADER beside it on the same rows."""
+    files = sorted((root / RESULTS).glob(SENTIMENT_RESULTS))
+    if not files:
+        return f"Not measured yet: there is no `{RESULTS / SENTIMENT_RESULTS}`.\n"
+    result = json.loads(files[-1].read_text(encoding="utf-8"))
+    abstaining, vader = result["abstaining"], result["vader"]
+    compared = {
+        "**`gptjet sentiment`**, every row decided": result["figures"],
+        f'the same, "uncertain" left out ({abstaining["coverage"]:.1%} of rows answered)': (
+            abstaining["figures"]
+        ),
+        "VADER, compound +-0.05": vader["figures"],
+    }
+    rows = result["figures"]["rows"]
+    lines = [f"| {rows} of the {result['sample']['data']} | macro-F1 | accuracy |", "|---|---|---|"]
+    for title, scores in compared.items():
+        lines.append(f"| {title} | {scores['macro_f1']:.3f} | {scores['accuracy']:.3f} |")
+    gain, model = vader["macro_f1_advantage"], result["model"]
+    lines += [
+        "",
+        f"Macro-F1 above VADER's by {gain['difference']:.3f} (95% interval {gain['low']:.3f} to "
+        f"{gain['high']:.3f}, {gain['resamples']} paired bootstrap resamples). Expected "
+        f"calibration error {result['calibration']['expected_error']:.3f}. Explanations: "
+        f"{result['explanations']['given']:.1%} of rows have one, "
+        f"{result['explanations']['name_missing_words']:.1%} name a word that the text does not "
+        f"have, which the app says instead of quoting it.",
+        "",
+        f"Measured {result['environment']['recorded_at'][:10]}, model `{model['name']}` "
+        f"({model['backend']}, {model['device']}, {model['dtype']}), template "
+        f"{result['options']['template']} {result['options']['template_version']}, "
+        f"{result['throughput']['rows_per_second']:.1f} rows/s with "
+        f"{result['options']['concurrency']} in flight on a machine that did other work: "
+        f"`{files[-1].relative_to(root)}`.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
 def render(readme: str, root: Path) -> str:
     """Return the README with its generated sections made from the tree under `root`."""
-    sections = {"module map": module_map, "embedded checkpoint": checkpoint_figures}
+    sections = {
+        "module map": module_map,
+        "embedded checkpoint": checkpoint_figures,
+        "sentiment": sentiment_figures,
+    }
 
     def section(match: re.Match[str]) -> str:
         return f"{match[1]}\n{sections[match[2]](root)}\n{match[3]}"

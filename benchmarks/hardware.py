@@ -18,11 +18,14 @@ class _Frozen(BaseModel):
 
 
 class Instance(_Frozen):
-    """What the hardware is rented as. `as_of` is the month the price was true."""
+    """What the hardware is rented as. `as_of` is the month the price was true.
+
+    Of a source that gives no month it is the year.
+    """
 
     name: str
     usd_per_hour: float = Field(gt=0)
-    as_of: str = Field(pattern=r"^\d{4}-\d{2}(-\d{2})?$")
+    as_of: str = Field(pattern=r"^\d{4}(-\d{2}(-\d{2})?)?$")
     source: str = Field(min_length=1)
 
 

@@ -103,7 +103,7 @@ class ServerProcess:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 cwd=folder,
-                env=_environment(),
+                env=environment_without_settings(),
             )
         try:
             self.target = self._wait(port_file, started + start_timeout_s)
@@ -111,6 +111,11 @@ class ServerProcess:
             self.stop()
             raise
         self.start_s = time.monotonic() - started
+
+    @property
+    def pid(self) -> int:
+        """The server's process: the same one from its start on, `exec` keeps the id."""
+        return self._process.pid
 
     def is_alive(self) -> bool:
         """Whether the process still runs."""
@@ -188,5 +193,6 @@ def parse_endpoints(values: Sequence[str]) -> dict[str, str]:
     return endpoints
 
 
-def _environment() -> dict[str, str]:
+def environment_without_settings() -> dict[str, str]:
+    """This process's environment without GPTJET_*, for one whose settings are all in its flags."""
     return {name: value for name, value in os.environ.items() if not name.startswith("GPTJET_")}

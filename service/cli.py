@@ -8,6 +8,7 @@ with help and an epilog of examples.
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -30,11 +31,14 @@ class CommandEntry:
 COMMANDS = (
     CommandEntry("Server", "serve", "Start the gRPC server."),
     CommandEntry("Client", "generate", "Stream one completion in the terminal."),
+    CommandEntry(
+        "Client", "score", "Say how likely the model finds each of several continuations."
+    ),
     CommandEntry("Client", "models", "Show what a server is serving, its limits and its health."),
     CommandEntry(
         "Client",
         "sentiment",
-        "Say which sentiment a text has and why; of a file, on a page, or measured.",
+        "Say which sentiment a text has, how sure the model is, and why it thinks so.",
     ),
     CommandEntry(
         "Machine",
@@ -46,6 +50,9 @@ COMMANDS = (
         "plan",
         "Say whether a model fits a card, how many streams it holds and how fast it can be "
         "at best.",
+    ),
+    CommandEntry(
+        "Machine", "quantize", "Write INT8 or INT4 weights, and print perplexity before and after."
     ),
     CommandEntry(
         "Benchmarks",
@@ -154,6 +161,9 @@ def main() -> None:
         # A model may write what a terminal in another encoding cannot show.
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
+    # Read when PyTorch is imported, which is later. OpenMP threads that wait by spinning take the
+    # cores from whoever has work: beside other load that cost a small model nine tenths.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     app(prog_name="gptjet")
 
 

@@ -292,6 +292,14 @@ def summary_from_pb(summary: pb.GenerationSummary) -> types.GenerationSummary:
             for sequence in summary.sequences
         ),
         seed=summary.seed,
+        cached_prompt_tokens=summary.cached_prompt_tokens,
+        speculation=types.Speculation(
+            drafted_tokens=summary.speculation.drafted_tokens,
+            accepted_tokens=summary.speculation.accepted_tokens,
+            decode_steps=summary.speculation.decode_steps,
+        )
+        if summary.HasField("speculation")
+        else None,
     )
 
 

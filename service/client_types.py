@@ -106,8 +106,24 @@ class SequenceSummary:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Speculation:
+    """What `prompt_lookup_tokens` brought: guesses, those that were right, steps that were taken.
+
+    Every guess that was right saved a decode step.
+    """
+
+    drafted_tokens: int
+    accepted_tokens: int
+    decode_steps: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationSummary:
-    """The end of a request. `finish_reason` is that of the sequence with index 0."""
+    """The end of a request. `finish_reason` is that of the sequence with index 0.
+
+    `cached_prompt_tokens` are those the server had not to compute again; `speculation` is None
+    where none was asked for or the backend cannot verify guesses.
+    """
 
     request_id: str
     finish_reason: FinishReason
@@ -116,6 +132,8 @@ class GenerationSummary:
     timings: Timings
     sequences: tuple[SequenceSummary, ...]
     seed: int
+    cached_prompt_tokens: int = 0
+    speculation: Speculation | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -23,7 +23,9 @@ ENV_PREFIX = "GPTJET_"
 CONFIG_FILE_VARIABLE = "GPTJET_CONFIG"
 # Which server `gptjet generate` and the other callers ask; no setting of a server.
 SERVER_VARIABLE = "GPTJET_SERVER"
-_NOT_SETTINGS = frozenset((CONFIG_FILE_VARIABLE, SERVER_VARIABLE))
+# How the CPU kernels are compiled: the kernels read it themselves.
+_CPU_ISA_VARIABLE = "GPTJET_CPU_ISA"
+_NOT_SETTINGS = frozenset((CONFIG_FILE_VARIABLE, SERVER_VARIABLE, _CPU_ISA_VARIABLE))
 
 _ENGINE_DEFAULTS = EngineConfig()
 _MIB = 1024 * 1024
@@ -46,9 +48,10 @@ class ServerConfig(BaseModel):
         "ships with the package (the default, so that a first start needs no download)",
     )
     backend: str = Field(
-        default="huggingface",
+        default="auto",
         min_length=1,
-        description="mock, huggingface, deepspeed or fused (the default runs on any machine)",
+        description="fused, deepspeed, huggingface or mock; auto takes the first of the three that "
+        "loads the model and computes what transformers computes",
     )
     device: str = Field(
         default="auto", min_length=1, description="auto (a GPU if there is one), cpu, cuda, cuda:1"
@@ -56,7 +59,20 @@ class ServerConfig(BaseModel):
     dtype: str = Field(
         default="auto",
         min_length=1,
-        description="auto (float16 on a GPU, float32 on a CPU, which is slow in half precision)",
+        description="auto (float16 on a GPU, float32 on a CPU, which is slow in half precision), "
+        "float32, float16, bfloat16; with the fused backend int8 and int4 too",
+    )
+    cpu_threads: int | None = Field(
+        default=None,
+        ge=1,
+        le=1024,
+        description="cores that a model on the CPU keeps busy (unset: OMP_NUM_THREADS, else those "
+        "this process may use, by its affinity and its container's quota)",
+    )
+    deterministic: bool = Field(
+        default=False,
+        description="tokens never depend on what else is computed with them, also where the fused "
+        "backend runs on PyTorch (off: slower there; its own kernels promise it anyway)",
     )
     allow_pickle: bool = Field(
         default=False,
@@ -94,6 +110,19 @@ class ServerConfig(BaseModel):
     )
     max_n: int = Field(
         default=_ENGINE_DEFAULTS.max_n, ge=1, le=256, description="largest n of a request"
+    )
+    prefix_cache: bool = Field(
+        default=_ENGINE_DEFAULTS.prefix_cache,
+        description="keep the KV cache of prompts, so that one that begins alike is answered "
+        "sooner (on backends with a paged KV cache)",
+    )
+    max_prefill_tokens: int | None = Field(
+        default=_ENGINE_DEFAULTS.max_prefill_tokens,
+        ge=1,
+        le=1_000_000,
+        description="most prompt tokens computed between two tokens of the running streams; fewer "
+        "keep those steadier, more finish prompts sooner (unset: the backend's own limit, which "
+        "this cannot raise)",
     )
 
     # Network
@@ -172,7 +201,11 @@ class ServerConfig(BaseModel):
     def engine(self) -> EngineConfig:
         """The part that is the engine's."""
         return EngineConfig(
-            max_queue_size=self.max_queue_size, max_n=self.max_n, max_sequences=self.max_sequences
+            max_queue_size=self.max_queue_size,
+            max_n=self.max_n,
+            max_sequences=self.max_sequences,
+            prefix_cache=self.prefix_cache,
+            max_prefill_tokens=self.max_prefill_tokens,
         )
 
 

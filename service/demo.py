@@ -85,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m gptjet.service.demo", description=__doc__)
     parser.add_argument("--model", default=embedded.EMBEDDED_NAME, help="as for gptjet serve")
-    parser.add_argument("--backend", default="huggingface", help="as for gptjet serve")
+    parser.add_argument("--backend", default="auto", help="as for gptjet serve")
     parser.add_argument("--text", help="your own review instead of one from the held-out texts")
     return parser.parse_args(arguments)
 

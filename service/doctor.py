@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import enum
 import platform
+import shlex
 import subprocess
 from dataclasses import asdict, dataclass
 from importlib import metadata
@@ -12,10 +13,13 @@ from typing import Any
 
 import torch
 
+from gptjet.kernels.cpu import NativeUnavailableError
+from gptjet.kernels.cpu.build import chosen_isa, find_compiler
 from gptjet.service.backends.deepspeed import guards, op_build
 from gptjet.service.backends.deepspeed.op_build import OpReport, OpState
 from gptjet.service.backends.deepspeed.toolchain import OP_NAME
 from gptjet.service.backends.device import dtype_name
+from gptjet.service.backends.threads import choose_cpu_threads
 from gptjet.service.engine.errors import BackendLoadError
 from gptjet.service.models.memory import available_host_bytes, format_bytes
 
@@ -57,8 +61,8 @@ def examine() -> Diagnosis:
     """Look at this machine. Nothing is downloaded, compiled or loaded."""
     gpu = check_gpu()
     op = check_deepspeed(op_build.inspect(), gpu)
-    checks = (check_packages(), check_host(), gpu, op)
-    backends = ["huggingface"]
+    checks = (check_packages(), check_host(), check_kernels(), gpu, op)
+    backends = ["fused", "huggingface"]
     if op.health is not Health.FAILED:
         backends.append("deepspeed")
     return Diagnosis(checks, tuple(backends))
@@ -80,8 +84,26 @@ def check_packages() -> Check:
 
 def check_host() -> Check:
     """Processor cores and the memory that can be had without swapping."""
-    summary = f"{torch.get_num_threads()} threads, {format_bytes(available_host_bytes())} available"
+    threads = choose_cpu_threads()
+    summary = f"{threads} threads, {format_bytes(available_host_bytes())} available"
     return Check("host", Health.OK, summary)
+
+
+def check_kernels() -> Check:
+    """What the fused backend's CPU kernels are compiled with, where a compiler is found."""
+    try:
+        isa = chosen_isa()
+        compiler = shlex.join(find_compiler())
+    except NativeUnavailableError as error:
+        return Check(
+            "fused on a CPU",
+            Health.WARNING,
+            f"PyTorch computes, at a fraction of the speed: {error}",
+            mend=("apt-get install -y gcc libc6-dev  # or set CC to a C compiler",),
+        )
+    return Check(
+        "fused on a CPU", Health.OK, f"kernels for the {isa} processor, compiled by {compiler}"
+    )
 
 
 def check_gpu() -> Check:

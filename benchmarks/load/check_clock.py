@@ -2,25 +2,28 @@
 
     python -m gptjet.benchmarks.load.check_clock --out benchmarks/results/load-clock.jsonl
 
-The server is one of the tests: it sleeps a given time in each step. So this runs from a checkout,
-on a machine with nothing else to do. A closed loop of one and an open loop whose requests do not
-meet: the medians of TTFT and ITL must be within 5 % of what the server sleeps. The exit code is 1
-where they are not, and the file is written all the same.
+The server's mock sleeps a given time in each step: `gptjet serve --backend mock --model
+mock:prefill_ms=...,decode_ms=...`. For a machine with nothing else to do. A closed loop of one and
+an open loop whose requests do not meet: the medians of TTFT and ITL must be within 5 % of what the
+server sleeps. The exit code is 1 where they are not, and the file is written all the same.
+
+A step is longer than its sleep by what the engine, the wire and the machine's timer add: about a
+millisecond, whatever the sleep is. The delays are long enough that this is a small part of them,
+and short enough to be those of a real model.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import statistics
-import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from gptjet.benchmarks.config import LevelName
 from gptjet.benchmarks.environment import load_average, record_environment
 from gptjet.benchmarks.load.coordinator import RunResult, StopRequest, run_load
 from gptjet.benchmarks.load.measures import summarize
@@ -28,12 +31,15 @@ from gptjet.benchmarks.load.report import Record, run_records, write_records
 from gptjet.benchmarks.load.run_spec import RunSpec
 from gptjet.benchmarks.load.slo import Slo
 from gptjet.benchmarks.load.workload import WorkloadSpec
+from gptjet.benchmarks.server_process import ServeCommand, ServerProcess
 from gptjet.service.client import Client
 
 TOLERANCE = 0.05
-SERVER_SCRIPT = "tests/benchmarks/load/known_latency_server.py"
+# Of GPT-J-6B's order: a step at the T4's published 16.5 tokens/s, a prompt of some hundred tokens.
+PREFILL_MS, DECODE_MS = 300.0, 60.0
 
-_PROMPT_TOKENS, _OUTPUT_TOKENS = 16, 16
+_PROMPT_TOKENS, _OUTPUT_TOKENS = 16, 12
+_START_TIMEOUT_S = 120.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,37 +123,30 @@ async def _run(spec: RunSpec) -> RunResult:
     return await run_load(spec, StopRequest())
 
 
-@contextlib.contextmanager
-def known_server(script: Path, prefill_ms: float, decode_ms: float) -> Iterator[str]:
-    """Start the server of the tests; yields its address."""
-    command = [sys.executable, str(script), str(prefill_ms), str(decode_ms)]
-    with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as process:
-        assert process.stdout is not None
-        try:
-            yield process.stdout.readline().strip()
-        finally:
-            assert process.stdin is not None
-            process.stdin.close()  # which is what ends it
+def known_server(prefill_ms: float, decode_ms: float) -> ServerProcess:
+    """Start a server of the mock whose steps take so long; a context manager."""
+    command = ServeCommand(
+        model=f"mock:prefill_ms={prefill_ms:g},decode_ms={decode_ms:g}", device="cpu"
+    )
+    level = LevelName(backend="mock", weight_type="fp32")
+    return ServerProcess(command, level, start_timeout_s=_START_TIMEOUT_S)
 
 
-def main() -> None:
-    """Check, write, print one line a median."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Check, write, print one line a median. Exit codes: 0 all hold, 1 one does not."""
     parser = argparse.ArgumentParser(prog="python -m gptjet.benchmarks.load.check_clock")
-    parser.add_argument("--prefill-ms", type=float, default=100.0)
-    parser.add_argument("--decode-ms", type=float, default=20.0)
+    parser.add_argument("--prefill-ms", type=float, default=PREFILL_MS)
+    parser.add_argument("--decode-ms", type=float, default=DECODE_MS)
     parser.add_argument("--requests", type=int, default=30, help="of each loop")
-    parser.add_argument("--server-script", type=Path, default=Path(SERVER_SCRIPT))
     parser.add_argument("--out", type=Path, default=Path("load-clock.jsonl"))
-    flags = parser.parse_args()
-    if not flags.server_script.exists():
-        parser.error(f"{flags.server_script.name} is not here: run this from a checkout")
+    flags = parser.parse_args(arguments)
     environment = record_environment()
-    with known_server(flags.server_script, flags.prefill_ms, flags.decode_ms) as target:
-        checks, records = check(target, flags.prefill_ms, flags.decode_ms, flags.requests)
+    with known_server(flags.prefill_ms, flags.decode_ms) as server:
+        checks, records = check(server.target, flags.prefill_ms, flags.decode_ms, flags.requests)
     verdict = {
         "command": "python -m gptjet.benchmarks.load.check_clock",
+        "prefill_ms": flags.prefill_ms,
+        "decode_ms": flags.decode_ms,
         "load_after": load_average(),
         "checks": [each.to_json() for each in checks],
         "holds": all(each.holds for each in checks),
@@ -161,8 +160,8 @@ def main() -> None:
             f"expected {each.expected_ms:g} ms, {100 * each.error:+.2f} %  {word} "
             f"(the server's clock: {each.server_ms:.3f} ms)\n"
         )
-    sys.exit(0 if verdict["holds"] else 1)
+    return 0 if verdict["holds"] else 1
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

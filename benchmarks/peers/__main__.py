@@ -128,9 +128,14 @@ def _parser() -> argparse.ArgumentParser:
     setup = commands.add_parser("setup", help="make the peers' environments")
     setup.add_argument("names", nargs="*", metavar="PEER", help=", ".join(PEERS))
     run = commands.add_parser("run", help="compare; the first one named is the baseline")
-    run.add_argument("names", nargs="+", metavar="NAME", help="a peer, or gptjet:BACKEND")
+    run.add_argument(
+        "names",
+        nargs="+",
+        metavar="NAME",
+        help="a peer, gptjet:BACKEND (our server) or engine:BACKEND (our engine, no network)",
+    )
     run.add_argument("--model", type=Path, required=True, help="a checkpoint folder")
-    run.add_argument("--weight-type", default="fp32", choices=("fp32", "bf16", "int8"))
+    run.add_argument("--weight-type", default="fp32", choices=("fp32", "bf16", "int8", "int4"))
     run.add_argument("--input", type=int, default=50, help="prompt tokens")
     run.add_argument("--output", type=int, default=50, help="output tokens")
     run.add_argument("--rounds", type=int, default=8)

@@ -66,6 +66,7 @@ PEERS = {
     peer.name: peer
     for peer in (
         Peer("transformers", ("fp32", "bf16")),
+        Peer("transformers-compiled", ("fp32", "bf16")),
         Peer(
             "ctranslate2",
             ("fp32", "int8", "bf16"),

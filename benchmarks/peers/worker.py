@@ -67,6 +67,49 @@ def open_transformers(folder: str, weight_type: str, threads: int) -> Generate:
     return generate
 
 
+def open_transformers_compiled(folder: str, weight_type: str, threads: int) -> Generate:
+    """transformers with its static cache and a step under torch.compile; the prompt runs eager.
+
+    The first run of a length compiles, which takes from tens of seconds to minutes: warm it up.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, StaticCache
+
+    torch.set_num_threads(threads)
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[weight_type]
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    model.eval()
+    step: Any = torch.compile(model.forward)
+    caches: dict[int, Any] = {}
+
+    def cache_for(tokens: int) -> Any:
+        # Attention runs over the whole cache, so one made for the context would be read in vain.
+        length = -(-tokens // 64) * 64
+        if length not in caches:
+            caches[length] = StaticCache(model.config, max_cache_len=length)
+        caches[length].reset()
+        return caches[length]
+
+    def generate(prompt: Sequence[int], output_tokens: int, on_token: OnToken) -> None:
+        ids, position = torch.tensor([list(prompt)]), torch.arange(len(prompt))
+        compute = model.forward
+        with torch.inference_mode():
+            cache = cache_for(len(prompt) + output_tokens)
+            for made in range(output_tokens):
+                logits = compute(
+                    input_ids=ids,
+                    past_key_values=cache,
+                    cache_position=position,
+                    use_cache=True,
+                    logits_to_keep=1,
+                ).logits
+                ids = logits[:, -1:].argmax(-1)
+                on_token(int(ids))
+                position, compute = torch.tensor([len(prompt) + made]), step
+
+    return generate
+
+
 def open_ctranslate2(folder: str, weight_type: str, threads: int) -> Generate:
     """CTranslate2's Generator on a converted folder, tokens by its callback."""
     import ctranslate2
@@ -139,6 +182,7 @@ def open_openvino(folder: str, weight_type: str, threads: int) -> Generate:
 
 ENGINES: dict[str, Callable[[str, str, int], Generate]] = {
     "transformers": open_transformers,
+    "transformers-compiled": open_transformers_compiled,
     "ctranslate2": open_ctranslate2,
     "openvino": open_openvino,
 }
@@ -164,10 +208,10 @@ def run(generate: Generate, prompt: Sequence[int], output_tokens: int) -> dict[s
     }
 
 
-def peak_memory_bytes() -> int | None:
-    """Most memory this process ever held (Linux: VmHWM); None where the system does not say."""
+def peak_memory_bytes(pid: int | str = "self") -> int | None:
+    """Most memory a process ever held (Linux: VmHWM); None where the system does not say."""
     try:
-        status = Path("/proc/self/status").read_text(encoding="utf-8")
+        status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
     except OSError:
         return None
     match = re.search(r"^VmHWM:\s+(\d+) kB", status, re.MULTILINE)
@@ -193,13 +237,13 @@ def main() -> int:
 
         try:
             generate = ENGINES[engine](folder, weight_type, int(threads))
+            say({"ready": True})
+            for line in sys.stdin:
+                asked = json.loads(line)
+                say(run(generate, asked["prompt"], asked["output_tokens"]))
         except Exception as error:  # noqa: BLE001 - the parent reads JSON lines, not tracebacks
             say({"error": f"{type(error).__name__}: {' '.join(str(error).split())}"})
             return 1
-        say({"ready": True})
-        for line in sys.stdin:
-            asked = json.loads(line)
-            say(run(generate, asked["prompt"], asked["output_tokens"]))
     return 0
 
 

@@ -17,6 +17,8 @@ _DTYPES = {
     "float16": torch.float16,
     "fp16": torch.float16,
 }
+_FLOAT_NAMES = "auto, float32 (fp32), bfloat16 (bf16), float16 (fp16)"
+QUANTIZED = ("int8", "int4")
 _DEVICE = re.compile(r"cpu|cuda(:\d+)?")
 
 
@@ -50,15 +52,19 @@ def choose_device(name: str = "auto") -> torch.device:
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     """The dtype called `name`: "auto" is FP16 on a GPU and FP32 on a CPU.
 
-    Raises BackendLoadError for an unknown name and for a precision the device is no use for.
+    Raises BackendLoadError for an unknown name, for a precision the device is no use for, and for
+    INT8 and INT4, which only the fused backend computes (it asks `choose_weight_type`).
     """
     if name == "auto":
         return torch.float16 if device.type == "cuda" else torch.float32
+    if name in QUANTIZED:
+        raise BackendLoadError(
+            f"{name} weights are for the fused backend: give --backend fused, or another dtype "
+            f"({_FLOAT_NAMES})"
+        )
     dtype = _DTYPES.get(name)
     if dtype is None:
-        raise BackendLoadError(
-            f"unknown dtype {name!r}: give auto, float32 (fp32), bfloat16 (bf16) or float16 (fp16)"
-        )
+        raise BackendLoadError(f"unknown dtype {name!r}: give {_FLOAT_NAMES}, int8 or int4")
     if dtype is torch.float16 and device.type == "cpu":
         raise BackendLoadError(
             "float16 is for GPUs: a CPU computes it by conversion, slower than float32 and less "
@@ -72,6 +78,22 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
                 f"{torch.cuda.get_device_name(device)} has {major}.{minor}; give float16"
             )
     return dtype
+
+
+def choose_weight_type(name: str, device: torch.device, stored: str | None = None) -> str:
+    """As `choose_dtype`, by name ("float32", "float16", "bfloat16"), and "int8" and "int4" too.
+
+    `stored` is the type of a checkpoint that is quantised already, which no other name can change.
+    Raises BackendLoadError.
+    """
+    if stored is not None:
+        if name not in ("auto", stored):
+            raise BackendLoadError(
+                f"dtype {name} contradicts the checkpoint, whose weights are {stored} already: "
+                f"leave dtype at auto"
+            )
+        return stored
+    return name if name in QUANTIZED else dtype_name(choose_dtype(name, device))
 
 
 def dtype_name(dtype: torch.dtype) -> str:

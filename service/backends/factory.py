@@ -29,6 +29,9 @@ class LoadOptions:
     kv_cache_tokens   tokens all sequences together may hold; None sizes it by free memory
     progress          draw progress bars, where stderr is a terminal
     strict_parity     refuse a fast path that differs from transformers, instead of falling back
+    cpu_threads       cores that a model on the CPU keeps busy; None: see threads.choose_cpu_threads
+    deterministic     what a sequence gets never depends on what else is computed with it, also
+                      where the fused backend has no kernels that promise it; slow there
     """
 
     model: str
@@ -40,6 +43,8 @@ class LoadOptions:
     kv_cache_tokens: int | None = None
     progress: bool = True
     strict_parity: bool = False
+    cpu_threads: int | None = None
+    deterministic: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,14 +65,18 @@ class BackendEntry:
 
 def _load_mock(options: LoadOptions) -> LoadedModel:
     from gptjet.service.backends.mock import MockBackend
+    from gptjet.service.backends.mock_delays import delays_of
     from gptjet.service.engine.tokenizer import ByteTokenizer
 
     context = 512
+    delays = delays_of(options.model)
     tokens = options.kv_cache_tokens or options.max_sequences * context
     backend = MockBackend(
         max_context=context,
         max_sequences=options.max_sequences,
         num_kv_blocks=max(1, tokens // 16),
+        prefill_ms=delays.prefill_ms,
+        decode_ms=delays.decode_ms,
     )
     return LoadedModel(backend, ByteTokenizer())
 
@@ -84,9 +93,30 @@ def _load_deepspeed(options: LoadOptions) -> LoadedModel:
     return loader.load(options)
 
 
+def _load_fused(options: LoadOptions) -> LoadedModel:
+    from gptjet.service.backends.fused import loader
+
+    return loader.load(options)
+
+
+def _load_auto(options: LoadOptions) -> LoadedModel:
+    from gptjet.service.backends import auto
+
+    return auto.load(options)
+
+
 BACKENDS: dict[str, BackendEntry] = {
+    "auto": BackendEntry(
+        "fused, deepspeed (GPU only) or huggingface: the first that loads and passes parity",
+        _load_auto,
+    ),
+    "fused": BackendEntry(
+        "our own GPT-J and CodeGen, continuous batching, FP32 to INT4; proven at load",
+        _load_fused,
+    ),
     "mock": BackendEntry(
-        "a toy with output known by hand, for tests; ignores the model", _load_mock
+        "a toy with output known by hand, slowed by --model mock:prefill_ms=20,decode_ms=5",
+        _load_mock,
     ),
     "huggingface": BackendEntry(
         "transformers' own model, eager, one sequence a step; any causal LM, CPU or GPU",
@@ -112,6 +142,8 @@ def load_backend(
     kv_cache_tokens: int | None = None,
     progress: bool = True,
     strict_parity: bool = False,
+    cpu_threads: int | None = None,
+    deterministic: bool = False,
 ) -> LoadedModel:
     """Load `model` into the backend called `name`; the arguments are those of LoadOptions.
 
@@ -125,6 +157,8 @@ def load_backend(
         raise BackendLoadError(f"max_sequences must be 1 or more, got {max_sequences}")
     if kv_cache_tokens is not None and kv_cache_tokens < 1:
         raise BackendLoadError(f"kv_cache_tokens must be 1 or more, got {kv_cache_tokens}")
+    if cpu_threads is not None and cpu_threads < 1:
+        raise BackendLoadError(f"cpu_threads must be 1 or more, got {cpu_threads}")
     return entry.load(
         LoadOptions(
             model=model,
@@ -136,5 +170,7 @@ def load_backend(
             kv_cache_tokens=kv_cache_tokens,
             progress=progress,
             strict_parity=strict_parity,
+            cpu_threads=cpu_threads,
+            deterministic=deterministic,
         )
     )

@@ -21,6 +21,7 @@ from transformers.cache_utils import DynamicLayer
 from gptjet.service.backends.device import choose_device, choose_dtype, dtype_name, free_bytes
 from gptjet.service.backends.factory import LoadedModel
 from gptjet.service.backends.logprobs import token_logprobs
+from gptjet.service.backends.threads import choose_cpu_threads
 from gptjet.service.engine.backend import BackendSpec, PrefillResult, ScheduledBatch, ScoreJob
 from gptjet.service.engine.errors import BackendLoadError
 from gptjet.service.models.architecture import one_line, verify_architecture
@@ -251,6 +252,8 @@ def load(options: LoadOptions) -> LoadedModel:
     """
     device = choose_device(options.device)
     dtype = choose_dtype(options.dtype, device)
+    if device.type == "cpu":
+        torch.set_num_threads(choose_cpu_threads(options.cpu_threads))
     checkpoint = resolve_checkpoint(
         options.model,
         allow_pickle=options.allow_pickle,

@@ -1,8 +1,8 @@
 """The parity gate: does a fast path compute what transformers computes, on this very card?
 
 Probe prompts go through transformers' own model first and through the fast path afterwards (it may
-replace the model in place). Both are fed the same tokens, the reference's greedy ones, so one
-disagreement does not hide what follows it. Logits and greedy tokens are compared at every step.
+replace the model in place). Both are fed the same tokens after the prompt, so one disagreement does
+not hide what follows it. Logits and greedy choices are compared at every step.
 
 Errors are relative: the largest difference of a row of logits over the largest reference logit of
 that row, both rows centred, as adding a constant to all logits changes no probability.
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import platform
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from typing import Any, Protocol
@@ -28,6 +28,7 @@ from gptjet.service.engine.backend import (
     ScheduledBatch,
     ScoreJob,
 )
+from gptjet.service.engine.errors import BackendLoadError
 from gptjet.service.engine.sequence import Sequence as EngineSequence
 
 _STEPS = 16
@@ -39,6 +40,14 @@ _FP32_TOLERANCE = 1e-4
 _SAFETY = 8.0
 # The error of a row with NaN or infinity in it: JSON has no word for infinity.
 _NOT_FINITE = 1e9
+
+
+class ParityFailedError(BackendLoadError):
+    """A fast path does not compute what transformers computes, and nothing may stand in for it."""
+
+    def __init__(self, message: str, verdict: ParityVerdict) -> None:
+        super().__init__(message)
+        self.verdict = verdict
 
 
 class StepModel(Protocol):
@@ -59,7 +68,8 @@ class StepModel(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Trace:
-    """What the reference said of one probe: row i of `logits` [steps + 1, V] chose `tokens[i]`."""
+    """What the reference said of one probe: row i of `logits` [steps + 1, V] follows the prompt and
+    i of `tokens`, of which the last is not computed."""
 
     prompt: tuple[int, ...]
     tokens: tuple[int, ...]
@@ -78,31 +88,46 @@ def tolerance(dtype: torch.dtype, layers: int) -> float:
     FP32 is held to 1e-4 whatever the depth.
     """
     roundoff = _UNIT_ROUNDOFF.get(dtype)
-    if roundoff is None:
-        return _FP32_TOLERANCE
+    return _FP32_TOLERANCE if roundoff is None else rounding_tolerance(roundoff, layers)
+
+
+def rounding_tolerance(roundoff: float, layers: int) -> float:
+    """The same for activations rounded twice a layer by `roundoff` of their size: see tolerance."""
     return _SAFETY * roundoff * math.sqrt(2 * layers)
 
 
-def probe_prompts(vocab_size: int, max_context: int) -> tuple[tuple[int, ...], ...]:
+def probe_prompts(
+    vocab_size: int, max_context: int, max_tokens: int | None = None
+) -> tuple[tuple[int, ...], ...]:
     """Prompts of one token, a few, a page, and as many as leave room for the steps.
 
     The same ids every time. The longest one reaches the end of the context, where an unchecked
-    kernel would leave its memory.
+    kernel would leave its memory. `max_tokens` leaves out the longest ones, until prompts and steps
+    are no more tokens than that, or only the two shortest are left.
     """
     generator = torch.Generator().manual_seed(_SEED)
-    longest = max(1, max_context - _steps(max_context))
+    steps = probe_steps(max_context)
+    longest = max(1, max_context - steps)
     lengths = sorted({min(length, longest) for length in (1, 5, 64, 300, longest)})
+    if max_tokens is not None:
+        while len(lengths) > 2 and sum(lengths) + steps * len(lengths) > max_tokens:
+            lengths.pop()
     return tuple(
         tuple(torch.randint(0, vocab_size, (length,), generator=generator).tolist())
         for length in lengths
     )
 
 
+def probe_steps(max_context: int) -> int:
+    """Decode steps of a probe: fewer where the context itself is tiny."""
+    return min(_STEPS, max(1, max_context // 4))
+
+
 def record_reference(
     model: StepModel, prompts: Iterable[Sequence[int]], max_context: int
 ) -> list[Trace]:
     """Run the probes through the reference; logits are kept in host memory."""
-    steps = _steps(max_context)
+    steps = probe_steps(max_context)
     traces = []
     for prompt in prompts:
         rows, tokens = [model.start(prompt, steps).cpu()], []
@@ -113,6 +138,32 @@ def record_reference(
         model.finish()
         traces.append(Trace(tuple(prompt), tuple(tokens), torch.stack(rows)))
     return traces
+
+
+def record_forced(
+    last_logits: Callable[[list[tuple[int, ...]], list[int]], list[torch.Tensor]],
+    prompts: Iterable[Sequence[int]],
+    vocab_size: int,
+    max_context: int,
+) -> list[Trace]:
+    """The same of a reference that computes whole sequences and not steps.
+
+    The tokens after a prompt are then not its own greedy ones, but as arbitrary as the prompt.
+    `last_logits(sequences, wanted)` gives the logits [wanted[i], V] of each one's last positions.
+    """
+    generator = torch.Generator().manual_seed(_SEED + 1)
+    steps = probe_steps(max_context)
+    probes = [
+        (tuple(prompt), torch.randint(0, vocab_size, (steps + 1,), generator=generator).tolist())
+        for prompt in prompts
+    ]
+    logits = last_logits(
+        [(*prompt, *tokens[:-1]) for prompt, tokens in probes], [steps + 1] * len(probes)
+    )
+    return [
+        Trace(prompt, tuple(tokens), rows)
+        for (prompt, tokens), rows in zip(probes, logits, strict=True)
+    ]
 
 
 def compare(model: StepModel, reference: Sequence[Trace], max_error: float) -> ParityVerdict:
@@ -224,11 +275,6 @@ class WithParity:
     def close(self) -> None:
         """The backend's own."""
         self._backend.close()
-
-
-def _steps(max_context: int) -> int:
-    """Decode steps of a probe: fewer where the context itself is tiny."""
-    return min(_STEPS, max(1, max_context // 4))
 
 
 def _compare_row(row: torch.Tensor, expected: torch.Tensor, max_error: float) -> tuple[float, bool]:

@@ -14,8 +14,9 @@ if TYPE_CHECKING:
 
 HELP = r"""Say whether this machine can run each backend, and how to mend what is in the way.
 
-Nothing is downloaded or compiled. With --model the checkpoint is loaded into the deepspeed backend
-\ and compared with transformers on this card; the exit code is 1 where it differs or cannot run.
+Nothing is downloaded or compiled. With --model the checkpoint is loaded into the backend (of auto:
+\ the first that takes it) and compared with transformers on this machine; the exit code is 1 where
+\ it differs, or where nothing was compared.
 """
 
 EXAMPLES = """Examples:
@@ -23,6 +24,7 @@ EXAMPLES = """Examples:
 $ gptjet doctor
 $ gptjet doctor --json
 $ gptjet doctor --model EleutherAI/gpt-j-6b
+$ gptjet doctor --model EleutherAI/gpt-j-6b --backend deepspeed
 """
 
 _COLOURS = {"ok": "green", "warning": "yellow", "failed": "red"}
@@ -32,16 +34,19 @@ def doctor(
     *,
     model: Annotated[
         str | None,
-        typer.Option(help="checkpoint to load and compare with transformers on this card"),
+        typer.Option(help="checkpoint to load and compare with transformers on this machine"),
     ] = None,
+    backend: Annotated[
+        str, typer.Option(help="which to compare: auto, fused or deepspeed; for --model")
+    ] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
 ) -> None:
-    """Examine the machine, and with `model` the output of DeepSpeed's kernels on it."""
+    """Examine the machine, and with `model` the output of a fast backend on it."""
     # Here, not above: it brings torch.
     from gptjet.service.doctor import examine
 
     diagnosis = examine()
-    verdict = _compare(model) if model else None
+    verdict = _compare(backend, model) if model else None
     if as_json:
         report = diagnosis.as_dict() | ({"parity": verdict} if verdict else {})
         typer.echo(json.dumps(report, indent=2))
@@ -55,15 +60,15 @@ def doctor(
         raise typer.Exit(ExitCode.FAILURE)
 
 
-def _compare(model: str) -> dict[str, object]:
-    """The parity verdict of `model` through DeepSpeed's kernels."""
+def _compare(name: str, model: str) -> dict[str, object]:
+    """The parity verdict of `model` in the backend called `name`."""
     from dataclasses import asdict
 
     from gptjet.service.backends.factory import load_backend
     from gptjet.service.engine.errors import BackendLoadError
 
     try:
-        backend = load_backend("deepspeed", model).backend
+        backend = load_backend(name, model).backend
     except BackendLoadError as error:
         fail(str(error), ExitCode.USAGE)
     verdict = asdict(backend.spec.parity)

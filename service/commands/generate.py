@@ -14,6 +14,7 @@ import typer
 from gptjet.service.commands.connection import ConnectionFlags, connect
 from gptjet.service.commands.flags import expand_flags
 from gptjet.service.commands.output import JsonLinesPrinter, JsonPrinter, Printer, TextPrinter
+from gptjet.service.commands.prompt import read_text
 from gptjet.service.commands.sampling import SamplingFlags
 from gptjet.service.commands.server_settings import (
     MODEL_SETTINGS,
@@ -203,11 +204,4 @@ def _prompt(text: str | None, token_ids: str | None) -> Prompt:
         except ValueError:
             fail(f"--token-ids must be numbers such as 464,2057, got {token_ids!r}", ExitCode.USAGE)
     assert text is not None
-    try:
-        if text == "-":
-            # What echo and editors end a file with is rarely meant as part of the prompt.
-            return re.sub(r"\r?\n\Z", "", sys.stdin.buffer.read().decode())
-        text.encode()  # an argument that is not UTF-8 has surrogates
-    except UnicodeError:
-        fail("the prompt is not valid UTF-8", ExitCode.USAGE)
-    return text
+    return read_text(text)

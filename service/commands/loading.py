@@ -34,7 +34,8 @@ def load_model(config: ServerConfig) -> LoadedModel:
 
 def follows(config: ServerConfig) -> bool:
     """Whether this process shares rank 0's model instead of serving one: a launcher said so."""
-    return config.backend == "deepspeed" and os.environ.get("RANK", "0") != "0"
+    shares = config.backend in ("deepspeed", "auto")
+    return shares and os.environ.get("RANK", "0") != "0"
 
 
 def follow(config: ServerConfig) -> int:

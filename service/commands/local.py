@@ -29,6 +29,11 @@ class LocalModel:
         """Ends the command where the model cannot be loaded."""
         self._engine = _load(config)
 
+    @property
+    def engine(self) -> Engine:
+        """What runs it; for the caller's thread alone."""
+        return self._engine
+
     def stream(
         self,
         prompt: str | tuple[int, ...],
@@ -129,4 +134,12 @@ def _summary(summary: RequestSummary) -> client.GenerationSummary:
             for sequence in summary.sequences
         ),
         seed=summary.seed,
+        cached_prompt_tokens=summary.cached_prompt_tokens,
+        speculation=client.Speculation(
+            drafted_tokens=summary.speculation.drafted_tokens,
+            accepted_tokens=summary.speculation.accepted_tokens,
+            decode_steps=summary.speculation.decode_steps,
+        )
+        if summary.speculation is not None
+        else None,
     )

@@ -23,6 +23,9 @@ _FLAG_OF = {
     "token_ids.ids": "--token-ids",
     "prompt": "the prompt",
     "text": "the prompt",
+    "candidates": "--candidate",
+    "calibration_prompt": "--calibration",
+    "calibration_text": "--calibration",
     "": "the request",
 }
 

@@ -21,7 +21,7 @@ from gptjet.service.commands.sentiment_client import (
 from gptjet.service.commands.sentiment_file import FileFlags
 from gptjet.service.commands.sentiment_output import JsonPrinter, TextPrinter
 from gptjet.service.commands.server_settings import MODEL_SETTINGS, with_server_settings
-from gptjet.service.commands.terminal import ExitCode, fail
+from gptjet.service.commands.terminal import ExitCode, fail, print_note
 
 if TYPE_CHECKING:
     from gptjet.service.apps.sentiment.template import PromptTemplate
@@ -100,8 +100,10 @@ def classify(
     main = _classify(_text(text), asked, template, connection, settings, printer)
     try:
         run(main, connection)
-    except BaseException:
+    except BaseException as error:
         printer.interrupt()
+        if isinstance(error, KeyboardInterrupt):
+            print_note("interrupted")
         raise
 
 

@@ -91,7 +91,8 @@ def run(main: Coroutine[Any, Any, _Result], connection: ConnectionFlags) -> _Res
     except GptjetError as error:
         end_with(error, connection)
     except OSError as error:
-        fail(f"{error.filename}: {error.strerror}", ExitCode.USAGE)
+        where = "" if error.filename is None else f"{error.filename}: "
+        fail(f"{where}{error.strerror or error}", ExitCode.USAGE)
 
 
 def _end_with_unavailable(error: UnavailableError, connection: ConnectionFlags) -> NoReturn:

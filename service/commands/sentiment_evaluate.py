@@ -140,6 +140,8 @@ async def _evaluate(
     connection: SentimentConnection,
     settings: dict[str, Any],
 ) -> dict[str, Any]:
+    from importlib import metadata  # slow to import
+
     from tqdm import tqdm
 
     from gptjet.benchmarks.environment import record_environment
@@ -161,8 +163,11 @@ async def _evaluate(
                 decide=decide,
                 on_progress=lambda done: bar.update(done - bar.n),
             )
+    environment = record_environment()
+    if decide is not None:
+        environment["packages"]["vaderSentiment"] = metadata.version("vaderSentiment")
     sample = {"data": data, "limit": row_flags.limit, "sample_seed": row_flags.sample_seed}
-    return report | {"sample": sample, "environment": record_environment()}
+    return report | {"sample": sample, "environment": environment}
 
 
 def _vader(template: PromptTemplate) -> Decide | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -169,7 +169,14 @@ def _report(spec: BatchSpec, summary: BatchSummary, seconds: float, *, as_json: 
     made = summary.rows - summary.resumed
     rate = made / seconds if seconds else 0.0
     if as_json:
-        values = asdict(summary) | {"out": str(spec.out), "rows_per_second": round(rate, 2)}
+        values = {
+            "out": str(spec.out),
+            "rows": summary.rows,
+            "resumed": summary.resumed,
+            "labels": dict(summary.labels),
+            "errors": summary.errors,
+            "rows_per_second": round(rate, 2),
+        }
         typer.echo(json.dumps(values, ensure_ascii=False))
         return
     counts = " · ".join(f"{label} {count}" for label, count in summary.labels.most_common())

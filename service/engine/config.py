@@ -17,3 +17,15 @@ class EngineConfig(BaseModel):
     max_sequences: int = Field(
         default=64, ge=1, le=4096, description="sequences that may hold a KV cache at once"
     )
+    prefix_cache: bool = Field(
+        default=True,
+        description="keep the KV cache of prompts, so that one that begins alike computes less "
+        "(on backends with a paged KV cache)",
+    )
+    max_prefill_tokens: int | None = Field(
+        default=None,
+        ge=1,
+        le=1_000_000,
+        description="prompt tokens computed between two tokens of the running streams (unset, or "
+        "above it: the backend's own limit)",
+    )

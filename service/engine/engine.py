@@ -8,9 +8,10 @@ import logging
 import time
 import uuid
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from itertools import accumulate
+from typing import TYPE_CHECKING, TypeAlias
 
-from gptjet.service.engine.backend import Backend, Phase, PrefillResult, ScheduledBatch
+from gptjet.service.engine.backend import Backend, Phase, ScheduledBatch
 from gptjet.service.engine.config import EngineConfig
 from gptjet.service.engine.detokenizer import Detokenizer
 from gptjet.service.engine.errors import (
@@ -26,11 +27,12 @@ from gptjet.service.engine.request import (
     RequestOutput,
     RequestSummary,
     SequenceSummary,
+    Speculation,
     Timings,
     TokenLogprob,
     validate_request,
 )
-from gptjet.service.engine.sampler import NonFiniteLogitsError, SampledTokens, Sampler
+from gptjet.service.engine.sampler import NonFiniteLogitsError, Sampler
 from gptjet.service.engine.scheduler import Scheduler
 from gptjet.service.engine.score import ScoreOutcome
 from gptjet.service.engine.scoring import Scorer
@@ -38,6 +40,7 @@ from gptjet.service.engine.sequence import Sequence, SequenceStatus
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from collections.abc import Sequence as Seq
 
     import torch
 
@@ -47,6 +50,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _NS_PER_MS = 1e6
+
+_Failure: TypeAlias = tuple[tuple[Sequence, ...], Exception]
 
 
 @dataclass(slots=True)
@@ -66,6 +71,20 @@ class _RequestState:
         return any(sequence.first_step_ns for sequence in self.sequences)
 
 
+@dataclass(slots=True)
+class _Tokens:
+    """What a decode step with drafts added to a sequence."""
+
+    token_ids: list[int] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+
+    def add(self, token_id: int, text: str, logprob: TokenLogprob | None) -> None:
+        self.token_ids.append(token_id)
+        self.texts.append(text)
+        self.logprobs += _entries(logprob)
+
+
 class Engine:
     """Runs requests against one backend.
 
@@ -82,7 +101,12 @@ class Engine:
         self.spec = backend.spec
         self.tokenizer = tokenizer
         self.config = config or EngineConfig()
-        self.scheduler = Scheduler(self.spec, self.config.max_sequences)
+        self.scheduler = Scheduler(
+            self.spec,
+            self.config.max_sequences,
+            prefix_cache=self.config.prefix_cache,
+            max_prefill_tokens=self.config.max_prefill_tokens,
+        )
         self.sampler = Sampler(self.spec.vocab_size, self.spec.eos_token_ids)
         self.scorer = Scorer(backend, self.scheduler, _log_failure)
         self._requests: dict[int, _RequestState] = {}
@@ -116,13 +140,15 @@ class Engine:
             max_n=self.config.max_n,
         )
         capacity = self.spec.num_kv_blocks * self.spec.block_size
+        room = capacity - len(request.prompt_token_ids)
+        hint = f": at most {room} here" if room > 0 else ""
         if self.scheduler.block_manager.blocks_for(request.max_tokens) > self.spec.num_kv_blocks:
             raise InvalidRequestError(
                 FieldViolation(
                     "sampling_params.max_new_tokens",
                     f"prompt ({len(request.prompt_token_ids)}) + max_new_tokens "
                     f"({request.sampling_params.max_new_tokens}) can never fit the KV cache of "
-                    f"{capacity} tokens",
+                    f"{capacity} tokens{hint}",
                 )
             )
 
@@ -148,6 +174,9 @@ class Engine:
             )
             for index in range(request.sampling_params.n)
         ]
+        if self.spec.paged:
+            for follower in sequences[1:]:
+                follower.leader = sequences[0]
         state = _RequestState(key, request, sequences)
         self._requests[key] = state
         for sequence in sequences:
@@ -221,63 +250,130 @@ class Engine:
 
     def _compute(self, batch: ScheduledBatch, outputs: list[tuple[int, RequestOutput]]) -> None:
         """Run the batch; appends to `outputs` as it goes, so that an error loses none of them."""
-        prompt_logits: tuple[torch.Tensor | None, ...] = ()
         if batch.phase is Phase.PREFILL:
-            result: PrefillResult = self.backend.prefill(batch)
-            logits, prompt_logits = result.logits, result.prompt_logits
+            self._prefill(batch, outputs)
+        elif batch.num_tokens:
+            self._verify(batch, outputs)
         else:
             logits = self.backend.decode(batch)
-        sequences = batch.sequences
+            sampled, failures = self._sample(logits, batch.sequences)
+            for sequence, token_id, logprob in sampled:
+                text = self._append(sequence, token_id)
+                self.scheduler.decoded(sequence)
+                outputs.append(self._report(sequence, text, (token_id,), _entries(logprob)))
+            for failed, error in failures:
+                outputs += self.fail(failed, error)
+
+    def _prefill(self, batch: ScheduledBatch, outputs: list[tuple[int, RequestOutput]]) -> None:
+        result = self.backend.prefill(batch)
+        for row, prompt_logits in enumerate(result.prompt_logits):
+            if prompt_logits is not None:
+                sequence = batch.sequences[row]
+                count = batch.num_tokens[row] if batch.num_tokens else sequence.num_prompt_tokens
+                outputs += self._add_prompt_logprobs(sequence, prompt_logits, count)
+        decided = self.scheduler.prefilled(batch)
+        if not decided:
+            return
+        rows, sequences = [row for row, _ in decided], [sequence for _, sequence in decided]
+        logits = result.logits
+        if rows != list(range(len(logits))):
+            logits = logits[rows]
+        sampled, failures = self._sample(logits, sequences)
+        for sequence, token_id, logprob in sampled:
+            if sequence.request.sampling_params.echo and not sequence.output_token_ids:
+                outputs.append(self._echo(sequence))
+            text = self._append(sequence, token_id)
+            outputs.append(self._report(sequence, text, (token_id,), _entries(logprob)))
+        for failed, error in failures:
+            outputs += self.fail(failed, error)
+
+    def _verify(self, batch: ScheduledBatch, outputs: list[tuple[int, RequestOutput]]) -> None:
+        """A decode step with drafts: sample token by token, as without them, while they agree.
+
+        Every token is drawn with the state that those before it leave, so it is the very token
+        that a step of its own would have drawn; the first that differs from its draft stands too.
+        """
+        logits = self.backend.decode(batch)
+        first_row = dict(
+            zip(batch.sequences, accumulate(batch.num_tokens, initial=0), strict=False)
+        )
+        added = {sequence: _Tokens() for sequence in batch.sequences}
+        failures: list[_Failure] = []
+        agreed = list(batch.sequences)
+        position = 0
+        while agreed:
+            rows = [first_row[sequence] + position for sequence in agreed]
+            sampled, failed_now = self._sample(logits[rows], agreed)
+            failures += failed_now
+            agreed = []
+            for sequence, token_id, logprob in sampled:
+                added[sequence].add(token_id, self._append(sequence, token_id), logprob)
+                drafted = sequence.draft_token_ids[position : position + 1]
+                if sequence.finish_reason is None and drafted == (token_id,):
+                    agreed.append(sequence)
+            position += 1
+        for sequence, tokens in added.items():
+            sequence.num_drafted_tokens += len(sequence.draft_token_ids)
+            sequence.num_accepted_tokens += max(0, len(tokens.token_ids) - 1)
+            self.scheduler.decoded(sequence)
+            if tokens.token_ids:
+                outputs.append(
+                    self._report(
+                        sequence,
+                        "".join(tokens.texts),
+                        tuple(tokens.token_ids),
+                        tuple(tokens.logprobs),
+                    )
+                )
+        for failed, error in failures:
+            outputs += self.fail(failed, error)
+
+    def _sample(
+        self, logits: torch.Tensor, sequences: Seq[Sequence]
+    ) -> tuple[list[tuple[Sequence, int, TokenLogprob | None]], list[_Failure]]:
+        """A token for each row of logits, and the sequences whose rows are not finite."""
+        failures: list[_Failure] = []
         try:
-            sampled = self._sample(logits, sequences)
+            sampled = self.sampler.sample(logits, [s.sampling_state for s in sequences])
         except NonFiniteLogitsError as error:
             # NaN or infinity in one row says nothing about the others.
-            bad = frozenset(error.rows)
-            outputs += self.fail(tuple(s for i, s in enumerate(sequences) if i in bad), error)
-            good = [i for i in range(len(sequences)) if i not in bad]
-            if not good:
-                return
-            sequences = tuple(sequences[i] for i in good)
-            prompt_logits = tuple(prompt_logits[i] for i in good) if prompt_logits else ()
-            sampled = self._sample(logits[good], sequences)
-        now_ns = time.monotonic_ns()
-        for row, sequence in enumerate(sequences):
-            if batch.phase is Phase.PREFILL and not sequence.output_token_ids:
-                outputs += self._echo(sequence, prompt_logits[row])
-            outputs.append(
-                self._advance(sequence, sampled.token_ids[row], sampled.logprobs[row], now_ns)
-            )
+            failures = [(tuple(sequences[row] for row in error.rows), error)]
+            good = [row for row in range(len(sequences)) if row not in error.rows]
+            sequences = [sequences[row] for row in good]
+            sampled = self.sampler.sample(logits[good], [s.sampling_state for s in sequences])
+        return list(zip(sequences, sampled.token_ids, sampled.logprobs, strict=True)), failures
 
-    def _sample(self, logits: torch.Tensor, sequences: tuple[Sequence, ...]) -> SampledTokens:
-        return self.sampler.sample(logits, [s.sampling_state for s in sequences])
-
-    def _echo(
-        self, sequence: Sequence, prompt_logits: torch.Tensor | None
+    def _add_prompt_logprobs(
+        self, sequence: Sequence, prompt_logits: torch.Tensor, num_tokens: int
     ) -> list[tuple[int, RequestOutput]]:
+        """Take those of one chunk; returns the end of a sequence whose logits are not finite."""
+        start = sequence.num_computed_tokens
+        try:
+            sequence.prompt_logprobs += self.sampler.prompt_logprobs(
+                prompt_logits, sequence.sampling_state, start, start + num_tokens
+            )
+        except NonFiniteLogitsError as error:
+            return self.fail((sequence,), error)
+        return []
+
+    def _echo(self, sequence: Sequence) -> tuple[int, RequestOutput]:
         request = sequence.request
-        if not request.sampling_params.echo:
-            return []
-        logprobs: tuple[TokenLogprob, ...] = ()
-        if prompt_logits is not None:
-            logprobs = self.sampler.prompt_logprobs(prompt_logits, sequence.sampling_state)
         output = RequestOutput(
             request_id=request.request_id,
             index=sequence.index,
             text=self.tokenizer.decode(request.prompt_token_ids),
             token_ids=request.prompt_token_ids,
-            logprobs=logprobs,
+            logprobs=tuple(sequence.prompt_logprobs),
             is_prompt=True,
         )
-        return [(self._request_of[sequence.sequence_id].key, output)]
+        return self._request_of[sequence.sequence_id].key, output
 
-    def _advance(
-        self, sequence: Sequence, token_id: int, logprob: TokenLogprob | None, now_ns: int
-    ) -> tuple[int, RequestOutput]:
-        """Append a sampled token and say what it made certain."""
+    def _append(self, sequence: Sequence, token_id: int) -> str:
+        """Append a sampled token; returns the text that is now certain, and sets finish_reason."""
         params = sequence.request.sampling_params
         sequence.output_token_ids.append(token_id)
-        sequence.first_token_ns = sequence.first_token_ns or now_ns
-        sequence.last_token_ns = now_ns
+        if sequence.lookup is not None:
+            sequence.lookup.add(token_id)
         text = ""
         is_eos = token_id in self.spec.eos_token_ids and not params.ignore_eos
         if is_eos or token_id in params.stop_token_ids:
@@ -297,29 +393,26 @@ class Engine:
             if sequence.detokenizer.stop_match is not None:
                 sequence.finish_reason = FinishReason.STOP_STRING
                 sequence.stop_match = sequence.detokenizer.stop_match
-        return self._report(
-            sequence,
-            text=text,
-            token_ids=(token_id,),
-            logprobs=() if logprob is None else (logprob,),
-        )
+        return text
 
     def _report(
         self,
         sequence: Sequence,
-        *,
-        text: str = "",
+        text: str,
         token_ids: tuple[int, ...] = (),
         logprobs: tuple[TokenLogprob, ...] = (),
         error: Exception | None = None,
     ) -> tuple[int, RequestOutput]:
         """Make the output of a sequence, and close the sequence if it has a finish reason."""
         state = self._request_of[sequence.sequence_id]
+        if token_ids:
+            sequence.last_token_ns = time.monotonic_ns()
+            sequence.first_token_ns = sequence.first_token_ns or sequence.last_token_ns
         summary = None
         if sequence.finish_reason is not None:
             self._close(state, sequence)
             if state.unfinished == 0:
-                summary = _summarize(state)
+                summary = self._summarize(state)
         return state.key, RequestOutput(
             request_id=state.request.request_id,
             index=sequence.index,
@@ -332,7 +425,8 @@ class Engine:
         )
 
     def _close(self, state: _RequestState, sequence: Sequence) -> None:
-        self.scheduler.finish(sequence)
+        failed = sequence.finish_reason is FinishReason.ERROR
+        self.scheduler.finish(sequence, forget=failed)
         del self._request_of[sequence.sequence_id]
         state.unfinished -= 1
         if state.unfinished == 0:
@@ -353,10 +447,55 @@ class Engine:
         for sequence in sequences:
             if sequence.status is not SequenceStatus.FINISHED:
                 sequence.finish_reason = reason
-                outputs.append(
-                    self._report(sequence, text=sequence.detokenizer.flush(), error=error)
-                )
+                text = sequence.detokenizer.flush()
+                outputs.append(self._report(sequence, text, error=error))
         return outputs
+
+    def _summarize(self, state: _RequestState) -> RequestSummary:
+        request, sequences = state.request, state.sequences
+        now_ns = time.monotonic_ns()
+        first_step_ns = min((s.first_step_ns for s in sequences if s.first_step_ns), default=now_ns)
+        first_token_ns = min((s.first_token_ns for s in sequences if s.first_token_ns), default=0)
+        last_token_ns = max(s.last_token_ns for s in sequences)
+
+        def ms(start_ns: int, end_ns: int) -> float:
+            return max(0, end_ns - start_ns) / _NS_PER_MS
+
+        timings = Timings(
+            queue_ms=ms(request.arrival_ns, first_step_ns),
+            prefill_ms=ms(first_step_ns, first_token_ns) if first_token_ns else 0.0,
+            decode_ms=ms(first_token_ns, last_token_ns) if first_token_ns else 0.0,
+            ttft_ms=ms(request.arrival_ns, first_token_ns) if first_token_ns else 0.0,
+            e2e_ms=ms(request.arrival_ns, last_token_ns or now_ns),
+        )
+        return RequestSummary(
+            request_id=request.request_id,
+            prompt_tokens=len(request.prompt_token_ids),
+            completion_tokens=sum(len(s.output_token_ids) for s in sequences),
+            timings=timings,
+            sequences=tuple(
+                SequenceSummary(
+                    index=s.index,
+                    finish_reason=s.finish_reason or FinishReason.ERROR,
+                    completion_tokens=len(s.output_token_ids),
+                    stop_match=s.stop_match,
+                )
+                for s in sequences
+            ),
+            seed=request.seed,
+            cached_prompt_tokens=sequences[0].num_cached_prompt_tokens,
+            speculation=self._speculation(state),
+        )
+
+    def _speculation(self, state: _RequestState) -> Speculation | None:
+        asked = state.request.sampling_params.prompt_lookup_tokens > 0
+        if not (asked and self.spec.paged and self.spec.max_draft_tokens):
+            return None
+        return Speculation(
+            drafted_tokens=sum(s.num_drafted_tokens for s in state.sequences),
+            accepted_tokens=sum(s.num_accepted_tokens for s in state.sequences),
+            decode_steps=sum(s.num_decode_steps for s in state.sequences),
+        )
 
     def _expire_deadlines(self) -> list[tuple[int, RequestOutput]]:
         outputs: list[tuple[int, RequestOutput]] = []
@@ -419,36 +558,5 @@ def _log_failure(error: Exception, num_sequences: int) -> EngineStepError:
     return EngineStepError(error_id, detail)
 
 
-def _summarize(state: _RequestState) -> RequestSummary:
-    request, sequences = state.request, state.sequences
-    now_ns = time.monotonic_ns()
-    first_step_ns = min((s.first_step_ns for s in sequences if s.first_step_ns), default=now_ns)
-    first_token_ns = min((s.first_token_ns for s in sequences if s.first_token_ns), default=0)
-    last_token_ns = max(s.last_token_ns for s in sequences)
-
-    def ms(start_ns: int, end_ns: int) -> float:
-        return max(0, end_ns - start_ns) / _NS_PER_MS
-
-    timings = Timings(
-        queue_ms=ms(request.arrival_ns, first_step_ns),
-        prefill_ms=ms(first_step_ns, first_token_ns) if first_token_ns else 0.0,
-        decode_ms=ms(first_token_ns, last_token_ns) if first_token_ns else 0.0,
-        ttft_ms=ms(request.arrival_ns, first_token_ns) if first_token_ns else 0.0,
-        e2e_ms=ms(request.arrival_ns, last_token_ns or now_ns),
-    )
-    return RequestSummary(
-        request_id=request.request_id,
-        prompt_tokens=len(request.prompt_token_ids),
-        completion_tokens=sum(len(s.output_token_ids) for s in sequences),
-        timings=timings,
-        sequences=tuple(
-            SequenceSummary(
-                index=s.index,
-                finish_reason=s.finish_reason or FinishReason.ERROR,
-                completion_tokens=len(s.output_token_ids),
-                stop_match=s.stop_match,
-            )
-            for s in sequences
-        ),
-        seed=request.seed,
-    )
+def _entries(logprob: TokenLogprob | None) -> tuple[TokenLogprob, ...]:
+    return () if logprob is None else (logprob,)

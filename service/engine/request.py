@@ -275,8 +275,21 @@ class SequenceSummary:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Speculation:
+    """What guessing tokens brought; the wire message of the same name says what each field is."""
+
+    drafted_tokens: int
+    accepted_tokens: int
+    decode_steps: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RequestSummary:
-    """The end of a request, over all its sequences."""
+    """The end of a request, over all its sequences.
+
+    `cached_prompt_tokens` are those the prefix cache had; `speculation` is None where none was
+    asked for or the backend cannot verify guesses.
+    """
 
     request_id: str
     prompt_tokens: int
@@ -284,6 +297,8 @@ class RequestSummary:
     timings: Timings
     sequences: tuple[SequenceSummary, ...]
     seed: int
+    cached_prompt_tokens: int = 0
+    speculation: Speculation | None = None
 
     @property
     def finish_reason(self) -> FinishReason:

@@ -45,13 +45,17 @@ class NonFiniteLogitsError(EngineError):
 
 @dataclass(slots=True, eq=False)
 class SamplingState:
-    """What the sampler remembers of one sequence. Made by `Sampler.new_state`."""
+    """What the sampler remembers of one sequence. Made by `Sampler.new_state`.
+
+    plain  the likeliest token is all it takes, from the first token to the last
+    """
 
     params: SamplingParams
     prompt_token_ids: tuple[int, ...]
     seed: int
     index: int
     processors: lg.LogitProcessors
+    plain: bool = False
 
     @property
     def num_output_tokens(self) -> int:
@@ -94,7 +98,11 @@ class Sampler:
         processors = lg.LogitProcessors(
             params, request.prompt_token_ids, (*eos, *params.stop_token_ids), self._num_usable
         )
-        return SamplingState(params, request.prompt_token_ids, request.seed, index, processors)
+        # A processor that is not active before the first token never is.
+        plain = params.is_greedy and params.logprobs is None and not processors.active
+        return SamplingState(
+            params, request.prompt_token_ids, request.seed, index, processors, plain
+        )
 
     def sample(self, logits: torch.Tensor, states: Seq[SamplingState]) -> SampledTokens:
         """Choose a token a row and advance every state by it. logits: [B, V] float32, not changed.
@@ -109,33 +117,50 @@ class Sampler:
         if not states:
             return SampledTokens([], [])
         logits = logits.detach().to(torch.float32)
-        chosen = self._choose(logits[:, : self._num_usable], states)
-        token_ids = self._read_back(chosen, logits)
-        logprobs = _logprobs(logits, chosen, states)
+        logprobs: list[TokenLogprob | None]
+        if self._is_plain_step(logits, states):
+            token_ids, logprobs = _plain_argmax(logits), [None] * len(states)
+        else:
+            chosen = self._choose(logits[:, : self._num_usable], states)
+            token_ids = self._read_back(chosen, logits)
+            logprobs = _logprobs(logits, chosen, states)
         for state, token_id in zip(states, token_ids, strict=True):
             state.processors.observe(token_id)
         return SampledTokens(token_ids, logprobs)
 
-    def prompt_logprobs(
-        self, prompt_logits: torch.Tensor, state: SamplingState
-    ) -> tuple[TokenLogprob, ...]:
-        """Log-probabilities of the L prompt tokens; the first token has none.
+    def _is_plain_step(self, logits: torch.Tensor, states: Seq[SamplingState]) -> bool:
+        return (
+            self._num_usable == self._vocab_size
+            and logits.device.type == "cpu"
+            and all(state.plain for state in states)
+        )
 
-        prompt_logits: [L - 1, V] float32, row i being the distribution of prompt token i + 1.
+    def prompt_logprobs(
+        self,
+        prompt_logits: torch.Tensor,
+        state: SamplingState,
+        start: int = 0,
+        end: int | None = None,
+    ) -> tuple[TokenLogprob, ...]:
+        """Log-probabilities of prompt tokens from the logits of tokens [start, end) of L.
+
+        prompt_logits: [N, V] float32, row i being the distribution of prompt token start + i + 1;
+        N is end - start, and one less where `end` is L (or None). One entry a row, and before them
+        that of the first token, which has none, where `start` is 0.
         Raises NonFiniteLogitsError with the rows of `prompt_logits` that are not usable.
         """
-        token_ids = state.prompt_token_ids
-        if prompt_logits.shape != (len(token_ids) - 1, self._vocab_size):
+        token_ids = state.prompt_token_ids[start + 1 : None if end is None else end + 1]
+        if prompt_logits.shape != (len(token_ids), self._vocab_size):
             raise ValueError(
-                f"prompt_logits must be [{len(token_ids) - 1}, {self._vocab_size}], "
+                f"prompt_logits must be [{len(token_ids)}, {self._vocab_size}], "
                 f"got {list(prompt_logits.shape)}"
             )
-        entries = [TokenLogprob(token_ids[0], None)]
+        entries = [] if start else [TokenLogprob(state.prompt_token_ids[0], None)]
         num_top = state.params.logprobs or 0
         _raise_for(_unusable(prompt_logits).tolist())
         for rows in _passes(prompt_logits):
             part = prompt_logits[rows].detach().to(torch.float32)
-            ids = torch.tensor(token_ids[1:][rows], device=part.device)
+            ids = torch.tensor(token_ids[rows], device=part.device)
             entries += _token_logprobs(part, ids, [num_top] * len(part))
         return tuple(entries)
 
@@ -209,6 +234,19 @@ def _argmax(scores: torch.Tensor) -> torch.Tensor:
     if scores.device.type == "cpu":
         return torch.from_numpy(np.asarray(scores.numpy().argmax(-1)))
     return scores.argmax(-1)
+
+
+def _plain_argmax(logits: torch.Tensor) -> list[int]:
+    """`_argmax` as a list, and the check of the logits without a second look at them.
+
+    numpy's argmax takes NaN for the largest, so a row is usable if its largest value is finite.
+    """
+    values = logits.numpy()
+    token_ids = values.argmax(-1)
+    best = values[np.arange(len(values)), token_ids]
+    _raise_for((~np.isfinite(best)).tolist())
+    result: list[int] = token_ids.tolist()
+    return result
 
 
 def _unusable(logits: torch.Tensor) -> torch.Tensor:

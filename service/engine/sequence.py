@@ -10,6 +10,8 @@ from gptjet.service.engine.request import FinishReason, Request
 
 if TYPE_CHECKING:
     from gptjet.service.engine.detokenizer import Detokenizer
+    from gptjet.service.engine.prompt_lookup import PromptLookup
+    from gptjet.service.engine.request import TokenLogprob
     from gptjet.service.engine.sampler import SamplingState
 
 
@@ -29,6 +31,12 @@ class Sequence:
     block_table    ids of the KV blocks it holds, in token order
     num_computed_tokens  tokens from the first whose keys and values the backend holds
     draft_token_ids  guesses for the next tokens, which the next decode step verifies
+    leader         the continuation of the same request that computes the prompt for this one too,
+                   None once the two have parted or where there is none
+    num_cached_prompt_tokens  tokens of its prompt that the prefix cache had
+    prompt_logprobs  of the prompt's tokens so far, where they are to be echoed
+    lookup         where its drafts come from, once there have been any
+    num_drafted_tokens, num_accepted_tokens, num_decode_steps  what drafts brought
     times          `time.monotonic_ns()`, 0 until they happen
     """
 
@@ -42,6 +50,13 @@ class Sequence:
     block_table: list[int] = field(default_factory=list)
     num_computed_tokens: int = 0
     draft_token_ids: tuple[int, ...] = ()
+    leader: Sequence | None = None
+    num_cached_prompt_tokens: int = 0
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
+    lookup: PromptLookup | None = None
+    num_drafted_tokens: int = 0
+    num_accepted_tokens: int = 0
+    num_decode_steps: int = 0
     finish_reason: FinishReason | None = None
     stop_match: str | int | None = None
     first_step_ns: int = 0
@@ -62,6 +77,11 @@ class Sequence:
     def token_ids(self) -> list[int]:
         """Prompt and output so far. A new list: for a prefill, not for every step."""
         return [*self.request.prompt_token_ids, *self.output_token_ids]
+
+    @property
+    def num_uncomputed_tokens(self) -> int:
+        """Tokens whose keys and values are still to be computed."""
+        return self.num_tokens - self.num_computed_tokens
 
     @property
     def last_token_id(self) -> int:

@@ -60,7 +60,7 @@ def verify_architecture(checkpoint: Checkpoint) -> Architecture:
     or tensors missing, unexpected, misshapen or of a type that is no weight.
     """
     with quiet_transformers():
-        config = _build_config(checkpoint)
+        config = build_config(checkpoint)
         model = _build_on_meta(checkpoint, config)
     if checkpoint.tensors:  # a pickle's tensors are known once it is loaded
         _check_tensors(checkpoint, model)
@@ -101,7 +101,11 @@ def one_line(error: BaseException, limit: int = 300) -> str:
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
-def _build_config(checkpoint: Checkpoint) -> Any:
+def build_config(checkpoint: Checkpoint, *, allow_quantized: bool = False) -> Any:
+    """transformers' configuration of a causal language model.
+
+    `allow_quantized` takes what `gptjet quantize` wrote. Raises BackendLoadError in one line.
+    """
     where = str(checkpoint.path / "config.json")
     model_type = checkpoint.model_type
     causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type)
@@ -122,10 +126,8 @@ def _build_config(checkpoint: Checkpoint) -> Any:
             f"{where}: model_type {model_type!r} without is_decoder attends in both directions and "
             f"is not a causal language model"
         )
-    if checkpoint.config.get("quantization_config"):
-        raise BackendLoadError(
-            f"{where}: the weights are quantised (quantization_config): give the original ones"
-        )
+    if not allow_quantized:
+        _refuse_quantized(checkpoint, where)
     if checkpoint.config.get("rotary_dim", 0) is None:
         raise BackendLoadError(
             f"{where}: rotary_dim is null, which transformers does not run: write the width of a "
@@ -141,6 +143,19 @@ def _build_config(checkpoint: Checkpoint) -> Any:
     config.transformers_weights = None
     check_geometry(config, where)
     return config
+
+
+def _refuse_quantized(checkpoint: Checkpoint, where: str) -> None:
+    if not checkpoint.config.get("quantization_config"):
+        return
+    if checkpoint.is_quantized:
+        raise BackendLoadError(
+            f"{where}: the weights were quantised by `gptjet quantize`, which only the fused "
+            f"backend computes: use --backend fused, or give the original checkpoint"
+        )
+    raise BackendLoadError(
+        f"{where}: the weights are quantised (quantization_config): give the original ones"
+    )
 
 
 def _build_on_meta(checkpoint: Checkpoint, config: Any) -> PreTrainedModel:

@@ -22,6 +22,8 @@ SAFETENSORS_FILE = "model.safetensors"
 SAFETENSORS_INDEX = "model.safetensors.index.json"
 PICKLE_FILE = "pytorch_model.bin"
 PICKLE_INDEX = "pytorch_model.bin.index.json"
+QUANT_METHOD = "gptjet"
+"""In config.json's quantization_config, of a folder that `gptjet quantize` wrote."""
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 # Constant tables that older versions of transformers saved with the weights. They hold no
@@ -58,6 +60,12 @@ class Checkpoint:
     def is_pickle(self) -> bool:
         """Whether the weights are pickles."""
         return self.weight_files[0].suffix == ".bin"
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether `gptjet quantize` wrote it."""
+        recipe = self.config.get("quantization_config")
+        return isinstance(recipe, Mapping) and recipe.get("quant_method") == QUANT_METHOD
 
     @property
     def num_parameters(self) -> int:

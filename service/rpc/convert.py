@@ -18,6 +18,7 @@ from gptjet.service.engine.request import (
     RequestSummary,
     SamplingParams,
     SequenceSummary,
+    Speculation,
     Timings,
     TokenLogprob,
 )
@@ -150,6 +151,18 @@ def summary_to_pb(summary: RequestSummary) -> pb.GenerationSummary:
         timings=_timings_to_pb(summary.timings),
         sequences=[_sequence_summary_to_pb(sequence) for sequence in summary.sequences],
         seed=summary.seed,
+        speculation=_speculation_to_pb(summary.speculation),
+        cached_prompt_tokens=summary.cached_prompt_tokens,
+    )
+
+
+def _speculation_to_pb(speculation: Speculation | None) -> pb.Speculation | None:
+    if speculation is None:
+        return None
+    return pb.Speculation(
+        drafted_tokens=speculation.drafted_tokens,
+        accepted_tokens=speculation.accepted_tokens,
+        decode_steps=speculation.decode_steps,
     )
 
 

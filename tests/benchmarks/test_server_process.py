@@ -23,7 +23,7 @@ from gptjet.benchmarks.config import LevelName
 from gptjet.benchmarks.server_process import ServeCommand, ServerProcess
 level = LevelName(backend="mock", weight_type="fp32")
 server = ServerProcess(ServeCommand(model="embedded"), level, start_timeout_s=100)
-print(json.dumps({"target": server.target, "pid": server._process.pid}), flush=True)
+print(json.dumps({"target": server.target, "pid": server.pid}), flush=True)
 time.sleep(600)
 """
 
@@ -78,9 +78,9 @@ def test_the_command_line_says_everything_the_level_is(tmp_path: Path) -> None:
 
 
 def test_the_callers_settings_do_not_reach_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
-    from gptjet.benchmarks.server_process import _environment
+    from gptjet.benchmarks.server_process import environment_without_settings
 
     monkeypatch.setenv("GPTJET_BACKEND", "nonsense")
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
-    assert "GPTJET_BACKEND" not in _environment()
-    assert _environment()["OMP_NUM_THREADS"] == "2"
+    assert "GPTJET_BACKEND" not in environment_without_settings()
+    assert environment_without_settings()["OMP_NUM_THREADS"] == "2"

@@ -27,7 +27,7 @@ def run(*arguments: str) -> str:
 
 def is_command(name: str) -> bool:
     module = importlib.import_module(f"gptjet.service.commands.{name}")
-    return hasattr(module, "HELP") or hasattr(module, "app")
+    return hasattr(module, name) or hasattr(module, "app")
 
 
 def test_help_lists_every_command_module() -> None:

@@ -136,9 +136,15 @@ def test_config_cannot_be_changed_afterwards() -> None:
 
 def test_the_engines_part_has_the_engines_defaults() -> None:
     assert ServerConfig().engine == EngineConfig()
-    assert ServerConfig(max_queue_size=3, max_n=2, max_sequences=1).engine == EngineConfig(
-        max_queue_size=3, max_n=2, max_sequences=1
-    )
+    changed: dict[str, Any] = {
+        "max_queue_size": 3,
+        "max_n": 2,
+        "max_sequences": 1,
+        "prefix_cache": False,
+        "max_prefill_tokens": 64,
+    }
+    assert ServerConfig(**changed).engine == EngineConfig(**changed)
+    assert changed.keys() == EngineConfig.model_fields.keys()
 
 
 def test_every_setting_is_described() -> None:

@@ -62,7 +62,32 @@ def test_report_names_versions_the_op_the_mending_command_and_what_runs(
 
 def test_machine_without_a_gpu_is_examined_as_it_is(app: typer.Typer) -> None:
     parsed = json.loads(CliRunner().invoke(app, ["--json"]).output)
-    assert [check["name"] for check in parsed["checks"]] == ["packages", "host", "gpu", "deepspeed"]
+    names = ["packages", "host", "fused on a CPU", "gpu", "deepspeed"]
+    assert [check["name"] for check in parsed["checks"]] == names
+    assert parsed["backends"][:2] == ["fused", "huggingface"]
+
+
+def test_machine_without_a_compiler_is_told_what_it_loses_and_how_to_mend_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("CC", "/nonexistent")
+    check = doctor.check_kernels()
+    assert check.health is Health.WARNING
+    assert "PyTorch computes" in check.summary
+    assert "CC is '/nonexistent'" in check.summary
+    assert "set CC" in check.mend[0]
+    monkeypatch.setenv("CC", "/bin/sh")
+    assert doctor.check_kernels().health is Health.OK
+
+
+def test_model_is_compared_with_transformers_in_the_backend_that_auto_chooses(
+    app: typer.Typer,
+) -> None:
+    result = CliRunner().invoke(app, ["--model", "embedded", "--json"])
+    assert result.exit_code == 0, result.output
+    parity = json.loads(result.stdout)["parity"]
+    assert parity["status"] == "passed"
+    assert parity["detail"].startswith("auto chose fused; 85 of 85 greedy tokens equal")
 
 
 def test_model_that_cannot_be_compared_here_is_a_usage_error(
@@ -71,6 +96,6 @@ def test_model_that_cannot_be_compared_here_is_a_usage_error(
     import torch
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    result = CliRunner().invoke(app, ["--model", "embedded"])
+    result = CliRunner().invoke(app, ["--model", "embedded", "--backend", "deepspeed"])
     assert result.exit_code == 2
     assert "--backend huggingface" in result.output

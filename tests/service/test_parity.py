@@ -65,13 +65,15 @@ class Reference:
 
 
 @contextlib.asynccontextmanager
-async def serving(folder: Path, dtype: str = "float32") -> AsyncIterator[AsyncClient]:
+async def serving(
+    folder: Path, dtype: str = "float32", backend: str = "huggingface"
+) -> AsyncIterator[AsyncClient]:
     """A client of a real server on a loopback port that serves `folder` on the CPU."""
     server = Server(ServerConfig(port=0, reflection=False))
     await server.start()
     try:
         loaded = await asyncio.to_thread(
-            load_backend, "huggingface", str(folder), device="cpu", dtype=dtype
+            load_backend, backend, str(folder), device="cpu", dtype=dtype, cpu_threads=1
         )
         await server.attach(loaded.backend, loaded.tokenizer)
         async with AsyncClient(f"127.0.0.1:{server.port}") as client:
@@ -238,7 +240,8 @@ EMBEDDED_PROMPTS = [
 ]
 
 
-async def test_embedded_checkpoint_equals_generate() -> None:
+@pytest.mark.parametrize("backend", ["huggingface", "auto"])
+async def test_embedded_checkpoint_equals_generate(backend: str) -> None:
     tokenizer = AutoTokenizer.from_pretrained(embedded_path())
     reference = Reference(embedded_path())
     prompts = [tokenizer(text)["input_ids"] for text in EMBEDDED_PROMPTS]
@@ -246,7 +249,9 @@ async def test_embedded_checkpoint_equals_generate() -> None:
     context = reference.model.config.n_positions
     long_prompt = [token for prompt in prompts for token in prompt * context][: context - 41]
     last_tokens = reference.generate(long_prompt, 41)[0]
-    async with serving(embedded_path()) as client:
+    async with serving(embedded_path(), backend=backend) as client:
+        info = await client.get_model()
+        assert info.backend == ("fused" if backend == "auto" else backend)
         alone = [await client.generate(text, max_new_tokens=24) for text in EMBEDDED_PROMPTS]
         together = await asyncio.gather(
             *(stream_tokens(client, text, max_new_tokens=24) for text in EMBEDDED_PROMPTS)

@@ -259,13 +259,17 @@ def _write(
     journal: _Journal,
 ) -> None:
     """The output from the journal: written beside its name, then renamed."""
-    names = columns_of(classifier, table.columns)
-    unfinished = spec.out.with_name(f"{spec.out.name}.{os.getpid()}.tmp")
+    # Later objects of JSON lines may have keys that the first has not.
+    keys = (key for entry in journal.entries() for key in entry["row"])
+    columns = tuple(dict.fromkeys((*table.columns, *keys)))
+    names = columns_of(classifier, columns)
+    # Of this name whoever writes: the journal's lock lets in one, and what a kill left is replaced.
+    unfinished = spec.out.with_name(f"{spec.out.name}.tmp")
     try:
         # A JSON line may escape what is no character; it becomes a question mark.
         with unfinished.open("w", encoding="utf-8", errors="replace", newline="") as file:
             writer = TableWriter(
-                file, out_format, [*table.columns, *names.values()], excel_safe=spec.excel_safe
+                file, out_format, [*columns, *names.values()], excel_safe=spec.excel_safe
             )
             for entry in journal.entries():
                 own = {names[key]: entry.get(key) for key in names if key in entry}

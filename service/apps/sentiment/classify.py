@@ -24,6 +24,8 @@ from gptjet.service.client import AsyncClient, GenerationSummary, ModelInfo
 # Less room than this for the text of a part: the template does not suit the model.
 _LEAST_ROOM_TOKENS = 8
 _PARTS_IN_FLIGHT = 8
+# A label that a model in half precision finds impossible stays a number to calculate with.
+_LEAST_LOGPROB = -1000.0
 POOLING = "mean log-probability of each label over the parts, weighted by their tokens"
 
 
@@ -71,7 +73,6 @@ class SentimentClassifier:
         self._model: ModelInfo | None = None
         self._prompt_tokens = 0  # of the prompt without a text
         self._room_tokens = 0  # for the text
-        self._scoring = asyncio.Semaphore(_PARTS_IN_FLIGHT)
         self._setting_up = asyncio.Lock()
 
     async def classify(self, text: str, *, seed: int = 0) -> SentimentResult:
@@ -89,14 +90,11 @@ class SentimentClassifier:
         does not fit the served model, and GptjetError. Closing the iterator cancels the RPC.
         """
         self._check(text)
-        model = await self.model()
+        await self.model()
         parts = await self._score_parts(await self._split(text))
         logprobs = pool([part.logprobs for part in parts], [part.tokens for part in parts])
-        probabilities = dict(
-            zip(
-                (label.name for label in self.template.labels), map(math.exp, logprobs), strict=True
-            )
-        )
+        names = [label.name for label in self.template.labels]
+        probabilities = dict(zip(names, map(math.exp, logprobs), strict=True))
         scored_label = max(probabilities, key=lambda name: probabilities[name])
         reason = self._near_even(probabilities)
         yield Scored(
@@ -105,11 +103,7 @@ class SentimentClassifier:
         explained = 0
         answer, summary = Answer("", None), None
         if self.options.explain and self.template.answer:
-            index = list(probabilities).index(scored_label)
-            explained = max(
-                range(len(parts)),
-                key=lambda i: parts[i].tokens * math.exp(parts[i].logprobs[index]),
-            )
+            explained = _most_telling(parts, names.index(scored_label))
             # Closed with this iterator and not some time later: that is what cancels the RPC.
             async with contextlib.aclosing(self._explain(parts[explained].text, seed)) as pieces:
                 async for piece in pieces:
@@ -122,36 +116,35 @@ class SentimentClassifier:
                 f"the labels' probabilities say {scored_label}, the explanation says {answer.label}"
             )
         highlights, missing = check_named(self.template, answer.explanation, text)
-        yield Finished(
-            SentimentResult(
-                text=text,
-                label=UNCERTAIN if reason else scored_label,
-                scored_label=scored_label,
-                probabilities=probabilities,
-                uncertain_reason=reason,
-                explanation=answer.explanation,
-                explained_label=answer.label,
-                highlights=highlights,
-                missing_words=missing,
-                num_parts=len(parts),
-                explained_part=explained,
-                pooling=POOLING if len(parts) > 1 else None,
-                ttft_ms=None if summary is None else summary.timings.ttft_ms,
-                tokens_per_second=None if summary is None else _tokens_per_second(summary),
-                template=self.template.name,
-                template_version=self.template.version,
-                seed=seed,
-                model=model.name,
-            )
+        result = SentimentResult(
+            text=text,
+            label=UNCERTAIN if reason else scored_label,
+            scored_label=scored_label,
+            probabilities=probabilities,
+            uncertain_reason=reason,
+            explanation=answer.explanation,
+            explained_label=answer.label,
+            highlights=highlights,
+            missing_words=missing,
+            num_parts=len(parts),
+            explained_part=explained,
+            pooling=POOLING if len(parts) > 1 else None,
+            ttft_ms=None if summary is None else summary.timings.ttft_ms,
+            tokens_per_second=None if summary is None else _tokens_per_second(summary),
+            template=self.template.name,
+            template_version=self.template.version,
+            seed=seed,
+            model=(await self.model()).name,
         )
+        yield Finished(result)
 
     def _check(self, text: str) -> None:
-        if not self.template.one_line(text):
-            raise TextError("text: must not be empty or blank")
         if len(text) > self.options.max_chars:
             raise TextError(
                 f"text: must be at most {self.options.max_chars} characters, got {len(text)}"
             )
+        if not self.template.one_line(text):
+            raise TextError("text: must not be empty or blank")
         try:
             text.encode()
         except UnicodeEncodeError as error:
@@ -205,9 +198,15 @@ class SentimentClassifier:
         return parts
 
     async def _score_parts(self, texts: Sequence[str]) -> list[_Part]:
+        slots = asyncio.Semaphore(_PARTS_IN_FLIGHT)
+
+        async def score(text: str) -> _Part:
+            async with slots:
+                return await self._score(text)
+
         try:
             async with asyncio.TaskGroup() as group:
-                tasks = [group.create_task(self._score(text)) for text in texts]
+                tasks = [group.create_task(score(text)) for text in texts]
         except BaseExceptionGroup as errors:
             raise errors.exceptions[0] from None  # the first failure has cancelled the others
         return [task.result() for task in tasks]
@@ -215,14 +214,17 @@ class SentimentClassifier:
     async def _score(self, text: str) -> _Part:
         template = self.template
         neutral = template.render(template.neutral_text) if template.calibrate else None
-        async with self._scoring:
-            scored = await self._client.score(
-                template.render(text),
-                [label.continuation for label in template.labels],
-                calibration_prompt=neutral,
-                timeout_s=self.options.timeout_s,
-            )
-        shares = [score.logprob - (score.calibration_logprob or 0.0) for score in scored.scores]
+        scored = await self._client.score(
+            template.render(text),
+            [label.continuation for label in template.labels],
+            calibration_prompt=neutral,
+            timeout_s=self.options.timeout_s,
+        )
+        shares = [
+            max(score.logprob, _LEAST_LOGPROB)
+            - max(score.calibration_logprob or 0.0, _LEAST_LOGPROB)
+            for score in scored.scores
+        ]
         tokens = max(1, scored.prompt_tokens - self._prompt_tokens)
         return _Part(text, tokens, _normalised(shares))
 
@@ -259,6 +261,13 @@ class SentimentClassifier:
             f"{first} ({probabilities[first]:.0%}) and {second} ({probabilities[second]:.0%}) "
             f"are nearly as probable"
         )
+
+
+def _most_telling(parts: Sequence[_Part], label_index: int) -> int:
+    """Which part speaks most for a label: by its length and its probability."""
+    return max(
+        range(len(parts)), key=lambda i: parts[i].tokens * math.exp(parts[i].logprobs[label_index])
+    )
 
 
 def pool(logprobs: Sequence[Sequence[float]], weights: Sequence[float]) -> tuple[float, ...]:

@@ -103,14 +103,13 @@ def _calibration(panel: Axes, report: Mapping[str, Any]) -> None:
 
 
 def _comparison(panel: Axes, report: Mapping[str, Any]) -> None:
-    compared = {"all rows": report["figures"]}
+    compared = {"all\nrows": report["figures"]}
     abstaining = report["abstaining"]
     if abstaining["figures"] is not None:
-        compared[f'"uncertain" left out\n({abstaining["coverage"]:.0%} of rows)'] = abstaining[
-            "figures"
-        ]
+        name = f'"uncertain"\nleft out:\n{abstaining["coverage"]:.0%} of rows'
+        compared[name] = abstaining["figures"]
     if report["vader"] is not None:
-        compared["VADER, all rows"] = report["vader"]["figures"]
+        compared["VADER,\nall rows"] = report["vader"]["figures"]
     for offset, key, colour, hatch, name in (
         (-0.2, "macro_f1", _BLUE, "", "macro-F1"),
         (0.2, "accuracy", _ORANGE, "//", "accuracy"),

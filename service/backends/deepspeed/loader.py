@@ -191,8 +191,8 @@ def _load_and_prove(
     del injected
     _free_cached_memory(platform.device)
     if options.strict_parity:
-        raise BackendLoadError(
-            f"parity with transformers failed and --strict-parity is on: {verdict.detail}"
+        raise parity.ParityFailedError(
+            f"parity with transformers failed and --strict-parity is on: {verdict.detail}", verdict
         )
     logger.warning(
         "parity with transformers failed, serving with the huggingface backend instead: %s",

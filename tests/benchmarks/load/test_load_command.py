@@ -16,6 +16,7 @@ import structlog
 from typer.testing import CliRunner
 
 from gptjet.benchmarks.load import validity
+from gptjet.benchmarks.load.check_clock import known_server
 from gptjet.benchmarks.results import read_records
 from gptjet.service.cli import app
 
@@ -136,6 +137,32 @@ def test_the_highest_rate_is_searched_with_runs_of_their_own(
     assert records[-1]["kind"] == "load_search"
     assert [v["rate"] for v in records[-1]["verdicts"]] == [0.02, 0.01]
     assert {r["rate"] for r in records if r["kind"] == "load_summary"} == {0.02, 0.01}
+
+
+def test_the_highest_rate_that_holds_is_found_and_is_below_what_the_server_can_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A served mock prefills one prompt at a time in 50 ms, so of 30 requests that come at 80 a
+    second the last ten wait more than the 750 ms of the SLO, whatever the machine does."""
+    # Not of a busy test machine: it may be late, and all the same the server is what fails.
+    for limit in ("MAX_LAG_P99_MS", "MAX_LATE_SHARE", "MAX_CPU_SHARE"):
+        monkeypatch.setattr(validity, limit, 1e9)
+    out = tmp_path / "search.jsonl"
+    with known_server(prefill_ms=50, decode_ms=1) as server:
+        result = load(
+            *("--server", server.target, "--find-rate", "--slo-ttft-ms", "750", "--rate", "10"),
+            *("--requests", "30", "--probes", "1", "--tolerance", "2", "--warmup", "1"),
+            *("--prompt-tokens", "4", "--output-tokens", "2", "--arrivals", "constant"),
+            *("--out", str(out), "--json"),
+        )
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert found["limited_by"] == "server"
+    assert 0 < found["rate"] < found["failed_rate"] <= 80
+    held = [verdict for verdict in found["verdicts"] if verdict["holds"]]
+    assert max(verdict["rate"] for verdict in held) == found["rate"]
+    *_, last = read_records(out)
+    assert (last["kind"], last["rate"]) == ("load_search", found["rate"])
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from gptjet.benchmarks.peers.__main__ import main
+from gptjet.benchmarks.peers.contestants import StreamsContestant, start
 from gptjet.benchmarks.peers.environments import PeerError, converted, find_peer
 from gptjet.benchmarks.results import read_records
 
@@ -42,6 +43,50 @@ def test_transformers_and_our_server_give_the_same_greedy_tokens(
     assert (base["equal_tokens"], ours["equal_tokens"]) == (1, 1)
     assert base["peak_memory_bytes"] > 50 * 2**20
     assert "gptjet:huggingface" in capsys.readouterr().out
+
+
+def test_the_engine_and_the_server_give_transformers_tokens_and_say_their_memory(
+    make_gptj_checkpoint: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    # A setting of the caller's reaches neither: both would fail on it.
+    monkeypatch.setenv("GPTJET_MODEL", "no/such/model")
+    names = ["engine:huggingface", "gptjet:huggingface"]
+    arguments = ["run", "--model", str(make_gptj_checkpoint()), *names, "--threads", "1"]
+    arguments += ["--input", "6", "--output", "5", "--rounds", "1"]
+    assert main([*arguments, "--out", str(tmp_path / "out.jsonl")]) == 0
+    _, first, second, engine, server = read_records(tmp_path / "out.jsonl")
+    assert (first["contestant"], second["contestant"]) == tuple(names)
+    assert (engine["equal_tokens"], server["equal_tokens"]) == (1, 1)
+    assert min(engine["peak_memory_bytes"], server["peak_memory_bytes"]) > 50 * 2**20
+
+
+@pytest.mark.parametrize("name", ["engine:mock", "gptjet:mock"])
+def test_streams_of_ours_run_together(name: str, tmp_path: Path) -> None:
+    with start(name, tmp_path, "fp32", 1, kv_cache_tokens=256) as contestant:
+        assert isinstance(contestant, StreamsContestant)
+        first, second = contestant.run_together([list(b"a"), list(b"k")], 3)
+        assert (bytes(first.tokens), bytes(second.tokens)) == (b"bcd", b"lmn")
+        assert len(first.token_ms) == len(second.token_ms) == 3
+        # 256 tokens of KV cache were asked for, and a longer prompt can never fit.
+        with pytest.raises(PeerError, match="KV cache of 256 tokens"):
+            contestant.run([1] * 300, 2)
+        assert bytes(contestant.run(list(b"x"), 2).tokens) == b"yz"
+
+
+def test_a_contestant_that_cannot_start_leaves_no_process(tmp_path: Path) -> None:
+    with (
+        pytest.raises(PeerError, match="unknown backend 'nonsense'"),
+        start("engine:nonsense", tmp_path, "fp32", 1),
+    ):
+        pass
+    with (
+        pytest.raises(PeerError, match="no backend has such a name"),
+        start("engine:No Such", tmp_path, "fp32", 1),
+    ):
+        pass
 
 
 def fake_environment(root: Path, name: str, script: str) -> None:

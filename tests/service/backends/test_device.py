@@ -5,7 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gptjet.service.backends.device import choose_device, choose_dtype, dtype_name
+from gptjet.service.backends.device import (
+    choose_device,
+    choose_dtype,
+    choose_weight_type,
+    dtype_name,
+)
 from gptjet.service.engine.errors import BackendLoadError
 
 CPU = torch.device("cpu")
@@ -91,9 +96,9 @@ def test_dtype_names_and_their_short_forms(name: str, dtype: torch.dtype) -> Non
 
 def test_unknown_dtype_lists_the_known() -> None:
     with pytest.raises(
-        BackendLoadError, match=r"unknown dtype 'int8': give auto, float32 \(fp32\)"
+        BackendLoadError, match=r"unknown dtype 'fp8': give auto, float32 \(fp32\).*int8 or int4"
     ):
-        choose_dtype("int8", CPU)
+        choose_dtype("fp8", CPU)
 
 
 def test_fp16_on_a_cpu_is_refused_with_the_alternatives() -> None:
@@ -110,3 +115,22 @@ def test_bf16_on_an_old_gpu_is_refused_with_the_alternative() -> None:
 def test_bf16_on_a_newer_gpu_is_accepted(gpu: pytest.MonkeyPatch) -> None:
     gpu.setattr(torch.cuda, "get_device_capability", lambda _=None: (8, 0))
     assert choose_dtype("bf16", GPU) is torch.bfloat16
+
+
+@pytest.mark.parametrize("name", ["int8", "int4"])
+def test_quantized_types_are_refused_where_only_floats_are_computed(name: str) -> None:
+    with pytest.raises(BackendLoadError, match=f"{name} weights are for the fused backend"):
+        choose_dtype(name, CPU)
+
+
+@pytest.mark.parametrize(
+    ("name", "weight_type"), [("auto", "float32"), ("fp32", "float32"), ("int8", "int8")]
+)
+def test_weight_type_is_a_dtype_or_a_quantized_one(name: str, weight_type: str) -> None:
+    assert choose_weight_type(name, CPU) == weight_type
+
+
+def test_quantized_checkpoint_chooses_its_own_type() -> None:
+    assert choose_weight_type("auto", CPU, "int4") == choose_weight_type("int4", CPU, "int4")
+    with pytest.raises(BackendLoadError, match="dtype float32 contradicts the checkpoint"):
+        choose_weight_type("float32", CPU, "int4")

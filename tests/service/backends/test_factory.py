@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from gptjet.service.backends.factory import BACKENDS, load_backend
+from gptjet.service.backends.mock_delays import delays_of
+from gptjet.service.engine.backend import Phase, ScheduledBatch
 from gptjet.service.engine.errors import BackendLoadError
+from gptjet.service.engine.request import SamplingParams, new_request
+from gptjet.service.engine.sequence import Sequence
 from gptjet.service.engine.tokenizer import ByteTokenizer
 
 
@@ -26,7 +33,7 @@ def test_importing_the_table_imports_no_torch() -> None:
 
 
 def test_unknown_backend_lists_the_known() -> None:
-    with pytest.raises(BackendLoadError, match=r"unknown backend 'tpu': there are mock, hugg"):
+    with pytest.raises(BackendLoadError, match=r"unknown backend 'tpu': there are auto, fused, mo"):
         load_backend("tpu", "embedded")
 
 
@@ -43,6 +50,54 @@ def test_mock_needs_no_model() -> None:
     assert loaded.backend.spec.name == "mock"
     assert loaded.backend.spec.max_sequences == 3
     assert loaded.backend.spec.num_kv_blocks == 10
+
+
+@pytest.mark.parametrize(
+    ("model", "expected"),
+    [
+        ("embedded", (0, 0)),
+        ("mock", (0, 0)),
+        ("mock:decode_ms=5", (0, 5)),
+        ("mock:prefill_ms=20.5, decode_ms=0", (20.5, 0)),
+    ],
+)
+def test_the_mocks_delays_stand_in_its_models_name(
+    model: str, expected: tuple[float, float]
+) -> None:
+    delays = delays_of(model)
+    assert (delays.prefill_ms, delays.decode_ms) == expected
+
+
+def test_a_mock_with_delays_sleeps_that_long_in_its_steps() -> None:
+    backend = load_backend("mock", "mock:prefill_ms=30,decode_ms=10").backend
+    request = new_request((ord("a"),), SamplingParams())
+    nothing: Any = None
+    sequence = Sequence(1, request, 0, nothing, nothing)
+    started = time.monotonic()
+    backend.prefill(ScheduledBatch(Phase.PREFILL, (sequence,)))
+    prefilled = time.monotonic()
+    sequence.output_token_ids.append(ord("b"))
+    backend.decode(ScheduledBatch(Phase.DECODE, (sequence,)))
+    # A sleep is never shorter than asked for; how much longer is the machine's business.
+    assert prefilled - started >= 0.030
+    assert time.monotonic() - prefilled >= 0.010
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        ("mock:prefil_ms=3", "'prefil_ms=3' is no delay: give prefill_ms or decode_ms"),
+        ("mock:", "'' is no delay"),
+        ("mock:decode_ms", "'decode_ms' is no delay"),
+        ("mock:decode_ms=fast", "decode_ms must be 0 to 60000 ms, got 'fast'"),
+        ("mock:decode_ms=-1", "got '-1'"),
+        ("mock:decode_ms=nan", "got 'nan'"),
+        ("mock:prefill_ms=1,decode_ms=60001", "decode_ms must be 0 to 60000 ms"),
+    ],
+)
+def test_a_delay_that_cannot_be_is_refused_by_name(model: str, words: str) -> None:
+    with pytest.raises(BackendLoadError, match=re.escape(words)):
+        load_backend("mock", model)
 
 
 def test_huggingface_comes_with_the_tokenizer_of_its_checkpoint(

@@ -51,6 +51,15 @@ def test_one_token_has_no_speed() -> None:
     assert summary_line(summary(completion_tokens=1)) == "TTFT 12.3 ms · 1 token · length"
 
 
+def test_the_summary_line_says_what_the_cache_and_the_guesses_brought() -> None:
+    guesses = client.Speculation(drafted_tokens=20, accepted_tokens=17, decode_steps=3)
+    line = summary_line(summary(cached_prompt_tokens=512, speculation=guesses))
+    assert line.endswith("length · 512 prompt tokens cached · 17 of 20 guesses right")
+    one = client.Speculation(drafted_tokens=1, accepted_tokens=0, decode_steps=10)
+    line = summary_line(summary(cached_prompt_tokens=1, speculation=one))
+    assert line.endswith("length · 1 prompt token cached · 0 of 1 guess right")
+
+
 def test_on_a_terminal_model_text_cannot_command_it(monkeypatch: pytest.MonkeyPatch) -> None:
     text = "a\x1b[2J\x07\r\x9b1m\x7f\u202eb\n\tä 👩\u200d👧\u00a0"
     assert printable(text) == text  # pytest's stdout is no terminal

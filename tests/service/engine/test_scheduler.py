@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from gptjet.service.backends.mock import MockBackend
-from gptjet.service.engine.backend import Phase
+from gptjet.service.engine.backend import Phase, ScheduledBatch
 from gptjet.service.engine.request import SamplingParams, new_request
 from gptjet.service.engine.scheduler import Scheduler
 from gptjet.service.engine.sequence import Sequence, SequenceStatus
@@ -31,6 +31,17 @@ def make_sequences(count: int, tokens: int = 16) -> list[Sequence]:
     ]
 
 
+def compute(scheduler: Scheduler, batch: ScheduledBatch) -> None:
+    """What the engine does between two steps: every sequence that is due gets a token."""
+    if batch.phase is Phase.PREFILL:
+        for _, sequence in scheduler.prefilled(batch):
+            sequence.output_token_ids.append(1)
+    else:
+        for sequence in batch.sequences:
+            sequence.output_token_ids.append(1)
+            scheduler.decoded(sequence)
+
+
 def steps(scheduler: Scheduler, count: int) -> list[str]:
     shown = []
     for _ in range(count):
@@ -40,6 +51,7 @@ def steps(scheduler: Scheduler, count: int) -> list[str]:
         else:
             ids = ",".join(str(s.sequence_id) for s in batch.sequences)
             shown.append(f"{'P' if batch.phase is Phase.PREFILL else 'D'}({ids})")
+            compute(scheduler, batch)
         scheduler.block_manager.check_invariants()
     return shown
 

@@ -39,6 +39,11 @@ GPT_J = load_template("gpt-j")
             "no word carries a clear tone.",
             "neutral",
         ),
+        (
+            " negative\nExplanation: no word carries a clear tone.",
+            "no word carries a clear tone.",
+            "negative",
+        ),
         (" positive", "", "positive"),
         (" positively\nExplanation: who knows", "who knows", None),
         ("", "", None),

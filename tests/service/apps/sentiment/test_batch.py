@@ -228,6 +228,17 @@ async def test_json_lines_in_and_out(client: FakeClient, spec: BatchSpec, tmp_pa
     assert (second["label"], second["error"]) == (None, "line 2: is not UTF-8")
 
 
+async def test_every_key_of_json_lines_is_a_column(
+    client: FakeClient, spec: BatchSpec, tmp_path: Path
+) -> None:
+    source = tmp_path / "in.jsonl"
+    source.write_text('{"text": "good"}\n{"error": "mine", "text": "bad"}\n', encoding="utf-8")
+    await classify_file(classifier_of(client), replace(spec, source=source))
+    first, second = rows_of(spec.out)
+    assert (first["error"], second["error"], second["sentiment_error"]) == ("", "mine", "")
+    assert (first["sentiment_label"], second["sentiment_label"]) == ("positive", "negative")
+
+
 async def test_what_the_model_writes_is_no_formula(client: FakeClient, spec: BatchSpec) -> None:
     spec.source.write_text("n,text\n0,=good\n", encoding="utf-8")
     client.answer = lambda _: ' positive\nExplanation: =HYPERLINK("x")'
@@ -237,6 +248,33 @@ async def test_what_the_model_writes_is_no_formula(client: FakeClient, spec: Bat
     safe = replace(spec, excel_safe=True, overwrite=True)
     await classify_file(classifier_of(client), safe)
     assert rows_of(spec.out)[0]["text"] == "'=good"
+
+
+async def test_killed_between_the_rename_and_the_end_it_is_finished_without_the_server(
+    client: FakeClient, spec: BatchSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def die(_: Path, missing_ok: bool = False) -> None:
+        raise SystemExit("killed")
+
+    monkeypatch.setattr(Path, "unlink", die)
+    with pytest.raises(SystemExit):
+        await classify_file(classifier_of(client), spec)
+    monkeypatch.undo()
+    assert spec.out.exists()
+    assert journal_path(spec.out).exists()
+    client.prompts.clear()
+    assert (await classify_file(classifier_of(client), spec)).resumed == 50
+    assert client.prompts == []
+    check(spec)
+
+
+async def test_a_file_without_rows_gives_one_without_rows(
+    client: FakeClient, spec: BatchSpec
+) -> None:
+    spec.source.write_text("n,text\n", encoding="utf-8")
+    assert (await classify_file(classifier_of(client), spec)).rows == 0
+    assert rows_of(spec.out) == []
+    assert spec.out.read_text(encoding="utf-8").startswith("n,text,label,")
 
 
 async def test_rows_are_counted_as_they_are_read(spec: BatchSpec) -> None:

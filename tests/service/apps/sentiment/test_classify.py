@@ -119,6 +119,14 @@ async def test_a_long_text_is_split_to_fit_and_pooled_by_length(client: FakeClie
     assert sorted(pieces.split()) == sorted(text.split())
 
 
+async def test_a_short_part_counts_less_than_a_long_one(client: FakeClient) -> None:
+    """Four bad words in a short part would outweigh two good ones in a long one, part for part."""
+    text = "It was good, good " + "and so on " * 58 + ". Bad end: bad, bad, bad, bad."
+    result = await classifier_of(client).classify(text)
+    assert result.num_parts == 2
+    assert result.scored_label == "positive"
+
+
 async def test_one_endless_sentence_is_split_by_words(client: FakeClient) -> None:
     result = await classifier_of(client).classify("good " * 1000)
     assert result.num_parts > 4

@@ -1,0 +1,303 @@
+"""From a checkpoint to a served, proven `fused` backend, or to a clear refusal."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import logging
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from gptjet.kernels.batch import BlockGeometry
+from gptjet.service.backends import huggingface, layerwise, parity
+from gptjet.service.backends.device import choose_device, choose_weight_type, free_bytes
+from gptjet.service.backends.factory import LoadedModel
+from gptjet.service.backends.fused import proof
+from gptjet.service.backends.fused.backend import FusedBackend
+from gptjet.service.backends.fused.kv_cache import allocate_kv_cache, num_kv_blocks
+from gptjet.service.backends.fused.model import (
+    WEIGHT_TYPES,
+    Computer,
+    build_model,
+    check_weight_type,
+)
+from gptjet.service.backends.fused.runner import ModelRunner
+from gptjet.service.backends.threads import choose_cpu_threads
+from gptjet.service.engine.backend import BackendSpec, ParityStatus, ParityVerdict
+from gptjet.service.engine.errors import BackendLoadError
+from gptjet.service.models.architecture import build_config, verify_architecture
+from gptjet.service.models.checkpoint import Checkpoint, resolve_checkpoint
+from gptjet.service.models.fused import families
+from gptjet.service.models.fused.weights import FusedWeights, load_fused_weights
+from gptjet.service.models.geometry import eos_token_ids
+from gptjet.service.models.memory import format_bytes
+from gptjet.service.models.tokenizer import load_tokenizer
+
+if TYPE_CHECKING:
+    from gptjet.service.backends.factory import LoadOptions
+
+logger = logging.getLogger(__name__)
+
+# Tokens of a prompt chunk: how long running streams wait for a new prompt, against how often it
+# reads the weights. See the table in tests/perf/bench_fused.py.
+_MAX_PREFILL_TOKENS = {"cpu": 256, "cuda": 1024}
+_MAX_DRAFT_TOKENS = 16
+# The rest is for the pages of files and for other processes.
+_KV_SHARE_OF_FREE_MEMORY = {"cpu": 0.5, "cuda": 0.9}
+# Bytes of a parameter, with its share of the scales.
+_BYTES = {"float32": 4.0, "float16": 2.0, "bfloat16": 2.0, "int8": 1.0, "int4": 0.5 + 2 / 128}
+_VERSIONS = ("torch", "transformers")
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """What is decided before a weight is read."""
+
+    checkpoint: Checkpoint
+    config: Any
+    class_name: str
+    geometry: BlockGeometry
+    weight_type: str
+    device: torch.device
+    num_threads: int
+    num_parameters: int
+    prompts: tuple[tuple[int, ...], ...]
+
+
+def load(options: LoadOptions) -> LoadedModel:
+    """Check, load and prove `options.model`.
+
+    Where what is computed is not what transformers computes, the checkpoint is loaded again into
+    the `huggingface` backend, which then carries the failed verdict; with `options.strict_parity`
+    that is a ParityFailedError, as everything else that stands in the way is a BackendLoadError.
+    """
+    device = choose_device(options.device)
+    checkpoint = resolve_checkpoint(
+        options.model,
+        allow_pickle=options.allow_pickle,
+        local_files_only=options.local_files_only,
+    )
+    plan = _plan(options, checkpoint, device)
+    # Always local: resolve_checkpoint has downloaded what there is.
+    tokenizer = load_tokenizer(checkpoint.path, local_files_only=True)
+    if tokenizer.vocab_size > plan.geometry.vocab_size:
+        raise BackendLoadError(
+            f"{checkpoint.path}: the tokenizer has {tokenizer.vocab_size} ids and the model "
+            f"{plan.geometry.vocab_size}: they do not belong together"
+        )
+    threads = torch.get_num_threads()
+    if device.type == "cpu":
+        torch.set_num_threads(plan.num_threads)
+    try:
+        served = _load_and_prove(options, plan, threads)
+    except BaseException:
+        torch.set_num_threads(threads)
+        raise
+    if isinstance(served, ParityVerdict):
+        torch.set_num_threads(threads)
+        return _fall_back(options, plan, served)
+    return LoadedModel(served, tokenizer)
+
+
+def _load_and_prove(
+    options: LoadOptions, plan: _Plan, torch_threads: int
+) -> FusedBackend | ParityVerdict:
+    """The backend, or the verdict it failed with, its memory given back."""
+    references = _record(plan)
+    weights = _load_weights(plan, progress=options.progress)
+    computer = build_model(weights, plan.weight_type, plan.device, num_threads=plan.num_threads)
+    del weights
+    limits = _limits(options, plan, computer)
+    try:
+        verdict = _prove(plan, computer, references, limits)
+        if verdict.status is not ParityStatus.PASSED:
+            computer.model.close()
+            return verdict
+        logger.info("parity with transformers passed: %s", verdict.detail)
+        runner, spec = _serve(options, plan, computer, verdict, limits)
+    except BaseException:
+        computer.model.close()
+        raise
+    if computer.is_batch_invariant and plan.device.type == "cpu":
+        # The kernels have threads of their own. PyTorch's would wait for work by spinning, on the
+        # same cores, and what is left for them (sampling) is small.
+        torch.set_num_threads(1)
+    return FusedBackend(runner, spec, torch_threads=torch_threads)
+
+
+def _plan(options: LoadOptions, checkpoint: Checkpoint, device: torch.device) -> _Plan:
+    families.check_family(checkpoint)
+    stored = _stored_type(checkpoint)
+    weight_type = choose_weight_type(options.dtype, device, stored)
+    check_weight_type(weight_type, device)
+    if stored is None:
+        architecture = verify_architecture(checkpoint)
+        config, class_name = architecture.config, architecture.class_name
+        num_parameters = architecture.num_parameters
+    else:
+        config = build_config(checkpoint, allow_quantized=True)
+        class_name = families.check_family(checkpoint).class_name
+        num_parameters = 0
+    geometry = families.block_geometry(checkpoint, config)
+    num_parameters = num_parameters or _count_parameters(geometry)
+    needed = int(num_parameters * _BYTES[weight_type])
+    free = free_bytes(device)
+    if needed > free:
+        raise BackendLoadError(
+            f"{checkpoint.path} does not fit on {device}: its weights take {format_bytes(needed)} "
+            f"in {weight_type}, {format_bytes(free)} are free"
+        )
+    return _Plan(
+        checkpoint,
+        config,
+        class_name,
+        geometry,
+        weight_type,
+        device,
+        choose_cpu_threads(options.cpu_threads),
+        num_parameters,
+        proof.choose_probes(geometry, num_parameters, device),
+    )
+
+
+def _stored_type(checkpoint: Checkpoint) -> str | None:
+    """The weight type of a checkpoint that `gptjet quantize` wrote, else None."""
+    if not checkpoint.is_quantized:
+        return None
+    return str(checkpoint.config["quantization_config"].get("weight_type"))
+
+
+def _count_parameters(geometry: BlockGeometry) -> int:
+    hidden, inner = geometry.hidden_size, geometry.inner_size
+    block = 4 * hidden * hidden + 2 * hidden * inner
+    return geometry.num_layers * block + 2 * geometry.vocab_size * hidden
+
+
+def _load_weights(plan: _Plan, *, progress: bool) -> FusedWeights:
+    return load_fused_weights(plan.checkpoint, WEIGHT_TYPES[plan.weight_type], progress=progress)
+
+
+def _record(plan: _Plan) -> dict[str, list[parity.Trace]]:
+    """The references to hold the fused path to, before it is loaded.
+
+    "weights": of the very values that will be served. "floats": of the weights as they were before
+    they were quantised here.
+    """
+    references = {}
+    is_quantized = plan.weight_type not in ("float32", "float16", "bfloat16")
+    if not plan.checkpoint.is_quantized:
+        if plan.checkpoint.is_pickle:
+            _load_weights(plan, progress=False)  # its tensors are not known, and checked, before
+        source = layerwise.StoredWeights(plan.checkpoint, plan.config)
+        name = "floats" if is_quantized else "weights"
+        references[name] = proof.record_reference(source, plan.prompts, plan.geometry, plan.device)
+    if is_quantized:
+        values = layerwise.FusedValues(_load_weights(plan, progress=False))
+        references["weights"] = proof.record_reference(
+            values, plan.prompts, plan.geometry, plan.device
+        )
+    gc.collect()
+    return references
+
+
+def _limits(options: LoadOptions, plan: _Plan, computer: Computer) -> dict[str, int]:
+    """Most tokens and segments of one pass."""
+    if options.deterministic and not computer.is_batch_invariant:
+        # A product of one row is computed the same way whatever else there is to compute.
+        return {"max_tokens": 1, "max_segments": 1}
+    return {
+        "max_tokens": max(_MAX_PREFILL_TOKENS[plan.device.type], options.max_sequences),
+        "max_segments": options.max_sequences,
+    }
+
+
+def _prove(
+    plan: _Plan,
+    computer: Computer,
+    references: dict[str, list[parity.Trace]],
+    limits: dict[str, int],
+) -> ParityVerdict:
+    runner = proof.probe_runner(computer, plan.geometry, plan.device, plan.prompts, **limits)
+    verdict = proof.judge(runner, references, plan.weight_type, computer.kv_dtype)
+    lengths = ", ".join(str(len(prompt)) for prompt in plan.prompts)
+    return dataclasses.replace(
+        verdict,
+        detail=f"{verdict.detail}; prompts of {lengths} tokens; {computer.description}; "
+        f"{parity.versions(*_VERSIONS)}",
+    )
+
+
+def _serve(
+    options: LoadOptions,
+    plan: _Plan,
+    computer: Computer,
+    verdict: ParityVerdict,
+    limits: dict[str, int],
+) -> tuple[ModelRunner, BackendSpec]:
+    """Give the KV cache what memory is left after the probes have run."""
+    geometry, device = plan.geometry, plan.device
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    max_prefill_tokens = _MAX_PREFILL_TOKENS[device.type]
+    # A step's logits, and the sampler's copies of them.
+    reserve = 3 * 4 * geometry.vocab_size * max(max_prefill_tokens, options.max_sequences)
+    blocks = num_kv_blocks(
+        geometry,
+        computer.kv_dtype,
+        max_sequences=options.max_sequences,
+        kv_cache_tokens=options.kv_cache_tokens,
+        budget_bytes=int((free_bytes(device) - reserve) * _KV_SHARE_OF_FREE_MEMORY[device.type]),
+    )
+    cache = allocate_kv_cache(geometry, blocks, dtype=computer.kv_dtype, device=device)
+    spec = BackendSpec(
+        name="fused",
+        model_name=plan.checkpoint.name,
+        architecture=plan.class_name,
+        num_parameters=plan.num_parameters,
+        device=str(device),
+        dtype=plan.weight_type,
+        vocab_size=geometry.vocab_size,
+        max_context=geometry.max_context,
+        max_sequences=options.max_sequences,
+        max_batch_size=options.max_sequences,
+        max_prefill_batch_size=options.max_sequences,
+        num_kv_blocks=blocks,
+        paged=True,
+        max_prefill_tokens=max_prefill_tokens,
+        max_draft_tokens=_MAX_DRAFT_TOKENS,
+        eos_token_ids=eos_token_ids(
+            plan.config, plan.checkpoint.generation_config, geometry.vocab_size
+        ),
+        parity=verdict,
+    )
+    return ModelRunner(computer.model, geometry, cache, **limits), spec
+
+
+def _fall_back(options: LoadOptions, plan: _Plan, verdict: ParityVerdict) -> LoadedModel:
+    gc.collect()
+    if options.strict_parity:
+        raise parity.ParityFailedError(
+            f"parity with transformers failed and --strict-parity is on: {verdict.detail}", verdict
+        )
+    if plan.checkpoint.is_quantized:
+        raise parity.ParityFailedError(
+            f"parity with transformers failed, and no other backend computes a quantised "
+            f"checkpoint: {verdict.detail}",
+            verdict,
+        )
+    logger.warning(
+        "parity with transformers failed, serving with the huggingface backend instead: %s",
+        verdict.detail,
+    )
+    is_float = plan.weight_type in ("float32", "float16", "bfloat16")
+    chosen = dataclasses.replace(
+        options, device=str(plan.device), dtype=plan.weight_type if is_float else "auto"
+    )
+    loaded = huggingface.load(chosen)
+    detail = f"asked for fused, serving huggingface: {verdict.detail}"
+    spec = dataclasses.replace(
+        loaded.backend.spec, parity=dataclasses.replace(verdict, detail=detail)
+    )
+    return LoadedModel(parity.WithParity(loaded.backend, spec), loaded.tokenizer)

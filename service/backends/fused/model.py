@@ -1,0 +1,126 @@
+"""What computes: our kernels where the device has them, PyTorch elsewhere."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+
+from gptjet.kernels.cpu import CpuModel, NativeUnavailableError
+from gptjet.kernels.weights import DenseWeight, HeadWeights, Int8Weight, LayerWeights, Weight
+from gptjet.service.backends.fused.runner import FusedModel
+from gptjet.service.engine.errors import BackendLoadError
+from gptjet.service.models.architecture import one_line
+from gptjet.service.models.fused.forward import TorchModel
+from gptjet.service.models.fused.layout import WeightType
+from gptjet.service.models.fused.weights import FusedWeights
+
+logger = logging.getLogger(__name__)
+
+# Names of --dtype, and what the loader of weights calls them.
+WEIGHT_TYPES: dict[str, WeightType] = {
+    "float32": "fp32",
+    "float16": "fp16",
+    "bfloat16": "bf16",
+    "int8": "int8",
+    "int4": "int4",
+}
+_ON_CPU = ("float32", "int8", "int4")
+_COMPUTE = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True, slots=True)
+class Computer:
+    """A model ready to compute.
+
+    kv_dtype           of its KV cache, and what it computes in
+    is_batch_invariant what it computes for a token never depends on the other tokens of a pass
+    description        of what computes, for people
+    """
+
+    model: FusedModel
+    kv_dtype: torch.dtype
+    is_batch_invariant: bool
+    description: str
+
+
+def check_weight_type(name: str, device: torch.device) -> None:
+    """Raise BackendLoadError for a weight type that the fused backend does not compute there."""
+    if device.type == "cpu" and name not in _ON_CPU:
+        raise BackendLoadError(
+            f"the fused backend computes {', '.join(_ON_CPU)} weights on a CPU, not {name}"
+        )
+
+
+def build_model(
+    weights: FusedWeights, weight_type: str, device: torch.device, *, num_threads: int
+) -> Computer:
+    """Take the layers of `weights` into the fastest model that runs on `device`.
+
+    Where the kernels for a CPU cannot be had (no compiler, another processor) the log says why and
+    PyTorch computes.
+    """
+    if device.type != "cpu":
+        compute = _COMPUTE.get(weight_type, torch.float16)
+        model = TorchModel(
+            weights.geometry,
+            _head_to(weights.head, device),
+            _layers_to(weights.layers(), device),
+            compute_dtype=compute,
+        )
+        return Computer(model, compute, False, f"PyTorch {torch.__version__}")
+    layers = weights.layers()  # untouched where the kernels cannot be had
+    try:
+        native = CpuModel.pack(weights.geometry, weights.head, layers, num_threads=num_threads)
+    except NativeUnavailableError as error:
+        reason = one_line(error)
+        logger.warning("no kernels for this CPU, PyTorch computes instead: %s", reason)
+        torch_model = TorchModel(weights.geometry, weights.head, layers)
+        return Computer(
+            torch_model,
+            torch.float32,
+            False,
+            f"PyTorch {torch.__version__} on {num_threads} threads, as there are no kernels for "
+            f"this CPU ({reason})",
+        )
+    except (ValueError, MemoryError) as error:
+        raise BackendLoadError(
+            f"the CPU kernels cannot take the weights: {one_line(error)}"
+        ) from error
+    return Computer(native, torch.float32, True, f"CPU kernels on {num_threads} threads")
+
+
+def _layers_to(layers: Iterator[LayerWeights], device: torch.device) -> Iterator[LayerWeights]:
+    for layer in layers:
+        yield LayerWeights(
+            layer.norm_weight.to(device),
+            layer.norm_bias.to(device),
+            _weight_to(layer.w_in, device),
+            _weight_to(layer.w_out, device),
+        )
+
+
+def _head_to(head: HeadWeights, device: torch.device) -> HeadWeights:
+    embedding = head.embedding.to(device)
+    lm_head = head.lm_head
+    if isinstance(lm_head, DenseWeight) and lm_head.weight is head.embedding:
+        lm_head = replace(lm_head, weight=embedding)  # tied: one copy for both
+    return HeadWeights(
+        embedding,
+        head.norm_weight.to(device),
+        head.norm_bias.to(device),
+        _weight_to(lm_head, device),
+    )
+
+
+def _weight_to(weight: Weight, device: torch.device) -> Weight:
+    bias = None if weight.bias is None else weight.bias.to(device)
+    if isinstance(weight, DenseWeight):
+        return DenseWeight(weight.weight.to(device), bias)
+    if isinstance(weight, Int8Weight):
+        return Int8Weight(weight.quantized.to(device), weight.scale.to(device), bias)
+    return replace(
+        weight, packed=weight.packed.to(device), scale=weight.scale.to(device), bias=bias
+    )
