@@ -52,7 +52,9 @@ COMMANDS = (
         "at best.",
     ),
     CommandEntry(
-        "Machine", "quantize", "Write INT8 or INT4 weights, and print perplexity before and after."
+        "Machine",
+        "quantize",
+        "Write a checkpoint's weights as INT8 or INT4, and print perplexity before and after.",
     ),
     CommandEntry(
         "Benchmarks",

@@ -117,6 +117,7 @@ def load_engine(flags: argparse.Namespace) -> Engine:
     if flags.threads is not None:
         import torch
 
+        # transformers' threads; the fused backend's are `cpu_threads`.
         torch.set_num_threads(flags.threads)
     loaded = load_backend(
         flags.backend,
@@ -126,6 +127,7 @@ def load_engine(flags: argparse.Namespace) -> Engine:
         max_sequences=flags.max_sequences,
         kv_cache_tokens=flags.kv_cache_tokens,
         progress=False,
+        cpu_threads=flags.threads,
     )
     loaded.backend.warm_up()
     return Engine(loaded.backend, loaded.tokenizer, EngineConfig(max_sequences=flags.max_sequences))

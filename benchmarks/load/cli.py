@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import itertools
 import json
 import math
 import re
@@ -163,11 +164,13 @@ async def _find(
     console: Console,
 ) -> RateFound:
     stop = StopRequest()
+    made = itertools.count()
 
     async def probe(rate: float, number: int) -> Probe | None:
-        # Every probe has arrivals and prompts of its own: luck must not repeat itself.
+        # Every probe has arrivals and prompts of its own, also beside those of other rates: luck
+        # must not repeat itself, nor a prefix cache answer for the second rate.
         workload = dataclasses.replace(
-            spec.workload, rate=rate, seed=spec.workload.seed + 1000 * number
+            spec.workload, rate=rate, seed=spec.workload.seed + 1000 * next(made)
         )
         if stop.is_set:
             return None

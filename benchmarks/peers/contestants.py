@@ -104,7 +104,7 @@ def start(
     library, _, backend = name.partition(":")
     if library == SERVER:
         level = _level(name, backend, weight_type)
-        with _our_server(level, model, kv_cache_tokens) as ours:
+        with _our_server(level, model, threads, kv_cache_tokens) as ours:
             yield ours
         return
     if library == ENGINE:
@@ -248,10 +248,13 @@ class _OurServer:
 
 
 @contextlib.contextmanager
-def _our_server(level: LevelName, model: Path, kv_cache_tokens: int | None) -> Iterator[Contestant]:
-    # The server takes its threads from OMP_NUM_THREADS, which the caller set for everyone.
-    extra = () if kv_cache_tokens is None else (f"--kv-cache-tokens={kv_cache_tokens}",)
-    command = ServeCommand(model=str(model.absolute()), device="cpu", extra=extra)
+def _our_server(
+    level: LevelName, model: Path, threads: int, kv_cache_tokens: int | None
+) -> Iterator[Contestant]:
+    # transformers takes its threads from OMP_NUM_THREADS, which the caller set for everyone.
+    extra = [f"--cpu-threads={threads}"]
+    extra += [] if kv_cache_tokens is None else [f"--kv-cache-tokens={kv_cache_tokens}"]
+    command = ServeCommand(model=str(model.absolute()), device="cpu", extra=tuple(extra))
     try:
         with (
             ServerProcess(command, level, start_timeout_s=_START_TIMEOUT_S) as server,

@@ -88,7 +88,9 @@ def library_path() -> Path:
     if sys.platform == "win32":
         raise NativeUnavailableError("the CPU kernels need a POSIX system")
     isa = chosen_isa()
-    command = [*find_compiler(), *compile_flags(isa)]
+    compiler, *arguments = find_compiler()
+    # The user's arguments come last: they win.
+    command = [compiler, *compile_flags(isa), *arguments]
     name = f"cpu-{isa}-{_fingerprint(command)}.so"
     folder = _writable_folder(name)
     path = folder / name

@@ -12,7 +12,6 @@ from gptjet.kernels.cpu import library as native
 from gptjet.kernels.weights import (
     DenseWeight,
     HeadWeights,
-    Int4Weight,
     Int8Weight,
     LayerWeights,
     Weight,
@@ -136,7 +135,10 @@ class CpuModel:
                 f"kv_cache must be contiguous float32 [{self.geometry.num_layers}, 2, blocks, "
                 f"{', '.join(map(str, self._kv_tail))}], not {kv_cache.dtype} {list(shape)}"
             )
-        if any(tensor.device.type != "cpu" for tensor in (tokens, positions, index, tables, rows, kv_cache)):
+        if any(
+            tensor.device.type != "cpu"
+            for tensor in (tokens, positions, index, tables, rows, kv_cache)
+        ):
             raise ValueError("the batch and kv_cache must be on the CPU")
         logits = torch.empty(rows.shape[0], self.geometry.vocab_size)
         call = self._batch

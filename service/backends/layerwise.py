@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 import accelerate
@@ -17,7 +18,8 @@ import torch
 from transformers import AutoModel, DynamicCache, GPTJConfig
 
 from gptjet.kernels.batch import BlockGeometry
-from gptjet.kernels.weights import LayerWeights, Weight, dequantize
+from gptjet.kernels.reference import dequantize_rows
+from gptjet.kernels.weights import LayerWeights, Weight
 from gptjet.service.models.checkpoint import Checkpoint
 from gptjet.service.models.fused import families
 from gptjet.service.models.fused.tensors import TensorFiles
@@ -28,6 +30,7 @@ from gptjet.service.models.quiet import quiet_transformers
 _CHUNK = 256
 # Rows of the vocabulary that are float32 at a time.
 _HEAD_ROWS = 8192
+_DEQUANTIZED_ROWS = 1024
 
 
 class WeightSource(Protocol):
@@ -69,7 +72,8 @@ def last_logits(
     for layer in source.layers():
         weights = {f"h.0.{name}": _move(tensor, device) for name, tensor in layer.items()} | buffers
         hidden = [_through(model, weights, states) for states in hidden]
-        del weights
+        # Both names, or the block would still be there while the next one is read.
+        del weights, layer
     ends = torch.cat([states[-count:] for states, count in zip(hidden, wanted, strict=True)])
     norm_weight, norm_bias = (_move(tensor, device) for tensor in source.final_norm())
     ends = torch.nn.functional.layer_norm(
@@ -122,17 +126,21 @@ class FusedValues:
     """The values that weights in the fused layout stand for, as GPT-J's block names them."""
 
     def __init__(self, weights: FusedWeights) -> None:
-        """Takes the layers of `weights`, which nobody else can have afterwards."""
+        """Takes `weights`: nobody else can have its layers and embedding afterwards."""
         geometry = weights.geometry
         self.config = _gptj_config(geometry)
         self._weights = weights
 
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
-        """See WeightSource."""
+        """See WeightSource. Once."""
         return self._weights.head.embedding[token_ids].float()
 
     def layers(self) -> Iterator[Mapping[str, torch.Tensor]]:
         """See WeightSource."""
+        # Half a gigabyte of a wide model, and looked up by now.
+        head = self._weights.head
+        self._weights.head = replace(head, embedding=head.embedding.new_empty(0))
+        del head
         for layer in self._weights.layers():
             yield _split_layer(layer, self._weights.geometry)
 
@@ -143,15 +151,17 @@ class FusedValues:
     def head(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """See WeightSource."""
         lm_head = self._weights.head.lm_head
-        yield dequantize(lm_head), _bias(lm_head)
+        for start in range(0, lm_head.shape[0], _HEAD_ROWS):
+            stop = min(start + _HEAD_ROWS, lm_head.shape[0])
+            yield _values(lm_head, start, stop), _bias(lm_head)[start:stop]
 
 
 def _split_layer(layer: LayerWeights, geometry: BlockGeometry) -> dict[str, torch.Tensor]:
     width = geometry.num_heads * geometry.head_dim
     query, key, value, fc_in = torch.split(
-        dequantize(layer.w_in), (width, width, width, geometry.inner_size)
+        _values(layer.w_in), (width, width, width, geometry.inner_size)
     )
-    out_proj, fc_out = torch.split(dequantize(layer.w_out), (width, geometry.inner_size), dim=1)
+    out_proj, fc_out = torch.split(_values(layer.w_out), (width, geometry.inner_size), dim=1)
     return {
         "ln_1.weight": layer.norm_weight,
         "ln_1.bias": layer.norm_bias,
@@ -164,6 +174,16 @@ def _split_layer(layer: LayerWeights, geometry: BlockGeometry) -> dict[str, torc
         "mlp.fc_out.weight": fc_out,
         "mlp.fc_out.bias": _bias(layer.w_out),
     }
+
+
+def _values(weight: Weight, start: int = 0, stop: int | None = None) -> torch.Tensor:
+    """What rows [start, stop) stand for, without a second float32 copy on the way."""
+    stop = weight.shape[0] if stop is None else stop
+    values = torch.empty(stop - start, weight.shape[1])
+    for first in range(0, len(values), _DEQUANTIZED_ROWS):
+        rows = values[first : first + _DEQUANTIZED_ROWS]
+        dequantize_rows(weight, start + first, start + first + len(rows), rows)
+    return values
 
 
 def _bias(weight: Weight) -> torch.Tensor:

@@ -87,7 +87,8 @@ class ScheduledBatch:
     the drafts that follow it: num_tokens[i] = 1 + len(draft_token_ids).
 
     num_tokens    one entry a sequence; empty means all of it: whole prompts, single tokens
-    block_copies  (source, destination) KV blocks, copied before anything is computed
+    block_copies  (source, destination) KV blocks, copied before anything is computed: in order, or
+                  all sources read first, since a source may be the destination of a later pair
     """
 
     phase: Phase

@@ -12,6 +12,7 @@ from gptjet.service.engine.sequence import Sequence, SequenceStatus
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+    from collections.abc import Sequence as Seq
 
 
 class Scheduler:
@@ -53,9 +54,10 @@ class Scheduler:
         self.running: deque[Sequence] = deque()
         self._spec = spec
         self._max_sequences = min(max_sequences, spec.max_sequences)
-        self._chunk = spec.max_prefill_tokens if spec.paged else None
-        if self._chunk is not None and max_prefill_tokens is not None:
-            self._chunk = min(self._chunk, max_prefill_tokens)
+        # Tokens of a chunk; None: whole prompts only.
+        self.max_prefill_tokens = spec.max_prefill_tokens if spec.paged else None
+        if self.max_prefill_tokens is not None and max_prefill_tokens is not None:
+            self.max_prefill_tokens = min(self.max_prefill_tokens, max_prefill_tokens)
         self._decode_is_due = False
         self._job_ids: set[int] = set()  # of those that hold room
         self._waiting_job_id: int | None = None
@@ -208,25 +210,20 @@ class Scheduler:
         )
 
     def _prefill_batch(self) -> ScheduledBatch:
-        prompts = self.prefilling
         if self._spec.paged:
-            for sequence in prompts:
+            for sequence in self.prefilling:
                 self._reuse(sequence)
-        if self._chunk is None:
-            chosen = tuple(prompts[: self._spec.max_prefill_batch_size])
-            lengths = tuple(s.num_uncomputed_tokens for s in chosen) if self._spec.paged else ()
-            return ScheduledBatch(Phase.PREFILL, chosen, lengths)
-        oldest, *others = prompts
-        others.sort(key=lambda sequence: sequence.num_uncomputed_tokens)
-        others = others[: self._spec.max_prefill_batch_size - 1]
-        wanted = sum(sequence.num_uncomputed_tokens for sequence in others)
-        chunks = {oldest: self._chunk - min(wanted, self._chunk // 2)}
-        left = self._chunk
-        for sequence in (oldest, *others):
-            chunks[sequence] = min(sequence.num_uncomputed_tokens, chunks.get(sequence, left))
-            left -= chunks[sequence]
-        chunks = {sequence: length for sequence, length in chunks.items() if length}
-        return ScheduledBatch(Phase.PREFILL, tuple(chunks), tuple(chunks.values()))
+        oldest, *others = self.prefilling
+        if self.max_prefill_tokens is not None:
+            others.sort(key=_length)
+        chosen = (oldest, *others[: self._spec.max_prefill_batch_size - 1])
+        if self.max_prefill_tokens is not None:
+            chunks = _share(self.max_prefill_tokens, chosen)
+        elif self._spec.paged:
+            chunks = [_length(sequence) for sequence in chosen]
+        else:
+            chunks = []
+        return ScheduledBatch(Phase.PREFILL, chosen[: len(chunks) or None], tuple(chunks))
 
     def _reuse(self, sequence: Sequence) -> None:
         """Skip what others have computed of its prompt by now."""
@@ -329,6 +326,26 @@ class Scheduler:
         if self.block_manager.prefix_cache:
             computed = sequence.token_ids[: sequence.num_computed_tokens]
             self.block_manager.commit(sequence.sequence_id, computed)
+
+
+def _share(max_tokens: int, prompts: Seq[Sequence]) -> list[int]:
+    """Tokens of a chunk for each prompt, the first of which has half of it or what the rest leave.
+
+    Those for whom nothing is left, at the end, are left out.
+    """
+    wanted = [_length(sequence) for sequence in prompts]
+    wanted[0] = min(wanted[0], max_tokens - min(sum(wanted[1:]), max_tokens // 2))
+    left = max_tokens
+    chunks = []
+    for length in wanted:
+        if left:
+            chunks.append(min(length, left))
+            left -= chunks[-1]
+    return chunks
+
+
+def _length(sequence: Sequence) -> int:
+    return sequence.num_uncomputed_tokens
 
 
 def _arrival(sequence: Sequence) -> int:

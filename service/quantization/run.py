@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from gptjet.kernels.batch import BlockGeometry
+from gptjet.kernels.cpu import CpuModel, NativeUnavailableError
+from gptjet.service.backends.threads import choose_cpu_threads
 from gptjet.service.embedded import EMBEDDED_NAME, build_prompt
 from gptjet.service.engine.errors import BackendLoadError
 from gptjet.service.models.checkpoint import Checkpoint, resolve_checkpoint
@@ -20,10 +24,12 @@ from gptjet.service.models.fused.weights import (
     quantized_weight_type,
 )
 from gptjet.service.models.geometry import eos_token_ids
+from gptjet.service.models.memory import available_host_bytes
 from gptjet.service.models.tokenizer import TransformersTokenizer, load_tokenizer
 from gptjet.service.quantization.calibration import sample_sequences
 from gptjet.service.quantization.convert import CalibrationSet, Method, write_quantized
 from gptjet.service.quantization.perplexity import (
+    Model,
     Perplexity,
     Text,
     heldout_text,
@@ -36,6 +42,8 @@ from gptjet.service.quantization.writer import MAX_SHARD_BYTES, check_output, ne
 OWN_TEXT = "the checkpoint's own text"
 # Of a calibration sequence: long enough for attention to matter, and as the sampled text ends.
 _SEQUENCE_TOKENS = 256
+# Of dense weights in float32, for the KV cache and the logits beside them.
+_SPARE = 1.3
 _STORED: dict[str, WeightType] = {"F16": "fp16", "BF16": "bf16"}
 
 Stage = Callable[[str, int], Callable[[int], None]]
@@ -118,19 +126,20 @@ def quantize(options: QuantizeOptions, stage: Stage) -> QuantizeReport:
     weight_type = _stored_type(checkpoint)
     documents = _documents(text, tokenizer, options.text_tokens)
     before, calibration = None, None
-    if calibration_text is not None and method == "gptq":
-        calibration = _calibration_from(calibration_text, tokenizer, options.calibration_tokens)
-    if options.evaluate or (method == "gptq" and calibration is None):
+    writes_own_text = method == "gptq" and calibration_text is None
+    if options.evaluate or writes_own_text:
         weights = load_fused_weights(checkpoint, weight_type, progress=False)
-        model = TorchModel(weights.geometry, weights.head, weights.layers())
+        model = _open_model(weights)
         if options.evaluate:
             before = _perplexity(model, weights, documents, stage, "perplexity before")
-        if method == "gptq" and calibration is None:
+        if writes_own_text:
             calibration = _write_calibration(checkpoint, weights, model, tokenizer, options, stage)
         model.close()
         del model, weights
     weights = load_fused_weights(checkpoint, weight_type, progress=False)
-    _check_ids(calibration, weights)
+    if calibration_text is not None and method == "gptq":
+        ids = _documents(calibration_text, tokenizer, options.calibration_tokens)
+        calibration = _calibration_from(calibration_text, ids, weights.geometry)
     on_layer = stage(f"rounding to INT{options.bits}", weights.geometry.num_layers + 1)
     with new_folder(options.output) as folder:
         recipe = write_quantized(
@@ -148,7 +157,7 @@ def quantize(options: QuantizeOptions, stage: Stage) -> QuantizeReport:
     after = None
     if options.evaluate:
         weights = load_fused_weights(written, _written_type(written), progress=False)
-        model = TorchModel(weights.geometry, weights.head, weights.layers())
+        model = _open_model(weights)
         after = _perplexity(model, weights, documents, stage, "perplexity after")
         model.close()
     return QuantizeReport(
@@ -160,6 +169,19 @@ def quantize(options: QuantizeOptions, stage: Stage) -> QuantizeReport:
         before=before,
         after=after,
     )
+
+
+def _open_model(weights: FusedWeights) -> CpuModel | TorchModel:
+    """Our kernels, where they run and the machine holds dense weights in float32, else PyTorch."""
+    dense_bytes = int(4 * weights.num_parameters * _SPARE)
+    is_quantized = weights.weight_type in ("int8", "int4")
+    layers = weights.layers()  # untouched where the kernels cannot be had
+    if is_quantized or dense_bytes < available_host_bytes():
+        with contextlib.suppress(NativeUnavailableError):
+            return CpuModel.pack(
+                weights.geometry, weights.head, layers, num_threads=choose_cpu_threads()
+            )
+    return TorchModel(weights.geometry, weights.head, layers)
 
 
 def _stored_type(checkpoint: Checkpoint) -> WeightType:
@@ -190,7 +212,7 @@ def _documents(text: Text, tokenizer: TransformersTokenizer, most: int | None) -
 
 
 def _perplexity(
-    model: TorchModel,
+    model: Model,
     weights: FusedWeights,
     documents: list[list[int]],
     stage: Stage,
@@ -204,18 +226,26 @@ def _perplexity(
     )
 
 
-def _calibration_from(text: Text, tokenizer: TransformersTokenizer, most: int) -> CalibrationSet:
-    documents = _documents(text, tokenizer, most)
-    sequences = split_windows(documents, _SEQUENCE_TOKENS)
+def _calibration_from(
+    text: Text, documents: list[list[int]], geometry: BlockGeometry
+) -> CalibrationSet:
+    """Raises BackendLoadError where there is too little text, or a token the model has not."""
+    sequences = split_windows(documents, min(_SEQUENCE_TOKENS, geometry.max_context))
     if not sequences:
-        raise BackendLoadError(f"calibration: {text.name} has fewer than two tokens")
+        raise BackendLoadError(f"{text.name} has fewer than two tokens: nothing to calibrate on")
+    largest = max(max(sequence) for sequence in sequences)
+    if largest >= geometry.vocab_size:
+        raise BackendLoadError(
+            f"the tokenizer gives id {largest} and the model has {geometry.vocab_size}: they do "
+            f"not belong together"
+        )
     return CalibrationSet(text.name, text.sha256, sequences)
 
 
 def _write_calibration(
     checkpoint: Checkpoint,
     weights: FusedWeights,
-    model: TorchModel,
+    model: Model,
     tokenizer: TransformersTokenizer,
     options: QuantizeOptions,
     stage: Stage,
@@ -237,15 +267,3 @@ def _write_calibration(
     )
     digest = hashlib.sha256(repr(sequences).encode()).hexdigest()
     return CalibrationSet(OWN_TEXT, digest, sequences)
-
-
-def _check_ids(calibration: CalibrationSet | None, weights: FusedWeights) -> None:
-    if calibration is None:
-        return
-    vocab_size = weights.geometry.vocab_size
-    largest = max(max(sequence) for sequence in calibration.sequences)
-    if largest >= vocab_size:
-        raise BackendLoadError(
-            f"the tokenizer gives id {largest} and the model has {vocab_size}: they do not "
-            f"belong together"
-        )

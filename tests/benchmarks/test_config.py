@@ -153,3 +153,13 @@ def test_the_machine_chooses_its_configuration() -> None:
         present_name({"gpus": [{"name": "NVIDIA GeForce RTX 4090"}]}) == "nvidia-geforce-rtx-4090"
     )
     assert present_name(CPU_MACHINE) == "cpu"
+
+
+def test_the_cpu_design_is_64_cells_of_the_baseline_and_the_fused_backend() -> None:
+    cpu = load_config("cpu")
+    levels = [str(level) for level in cpu.design.choose_levels()]
+    assert levels == ["huggingface/fp32", "huggingface/bf16", "fused/fp32", "fused/int8"]
+    assert len(list(cells(cpu, cpu.design.choose_levels()))) == 64
+    chosen = cpu.design.choose_levels(["huggingface", "fused"], ["fp32"])
+    assert [str(level) for level in chosen] == ["huggingface/fp32", "fused/fp32"]
+    assert str(cpu.design.choose_levels(["fused"], ["int4"])[0]) == "fused/int4"

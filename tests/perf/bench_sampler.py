@@ -31,8 +31,12 @@ _PARAMETERS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("rows", [1, 32])
 @pytest.mark.parametrize("name", _PARAMETERS)
-def bench_sample(bench: Any, name: str, rows: int) -> None:
-    """[rows, 50400] logits to ids. The states grow by a token a call, as a decode's do."""
+def bench_sample(bench: Any, read_gb_s: float, name: str, rows: int) -> None:
+    """[rows, 50400] logits to ids. The states grow by a token a call, as a decode's do.
+
+    The share of bandwidth is of reading the logits once; a few rows of them fit a cache, so it may
+    exceed 1.
+    """
     logits = torch.randn(rows, _VOCAB, generator=torch.Generator().manual_seed(1)) * 3
     sampler = Sampler(_VOCAB)
     params = SamplingParams(**_PARAMETERS[name], seed=1, max_new_tokens=10**6)
@@ -55,7 +59,12 @@ def bench_sample(bench: Any, name: str, rows: int) -> None:
         if name in {"greedy", "logprobs"}:
             assert together == logits.argmax(dim=-1).tolist()
 
-    bench(lambda: sampler.sample(logits, states), check, bytes_moved=4.0 * rows * _VOCAB)
+    bench(
+        lambda: sampler.sample(logits, states),
+        check,
+        bytes_moved=4.0 * rows * _VOCAB,
+        read_gb_s=read_gb_s,
+    )
 
 
 @pytest.mark.parametrize("stop", [(), ("never", "this either")], ids=["plain", "stop strings"])

@@ -32,7 +32,7 @@ if not hasattr(pytest.Function, "_nodeid"):
 def bench(benchmark: Any) -> Callable[..., Any]:
     """`bench(work, check, bytes_moved=…)`: `check()` must pass before `work` is timed.
 
-    bytes_moved    of one call: reported as GB/s, and as a share of the measured copy bandwidth
+    bytes_moved    of one call: reported as GB/s, and as a share of the bandwidth that is given
     """
 
     def run(
@@ -41,21 +41,35 @@ def bench(benchmark: Any) -> Callable[..., Any]:
         *,
         bytes_moved: float | None = None,
         copy_gb_s: float | None = None,
+        read_gb_s: float | None = None,
     ) -> None:
         check()
         benchmark(work)
         if bytes_moved is not None and benchmark.stats is not None:
             gb_s = bytes_moved / benchmark.stats.stats.median / 1e9
             benchmark.extra_info["gb_s"] = round(gb_s, 3)
-            if copy_gb_s is not None:
-                benchmark.extra_info["share_of_copy_bandwidth"] = round(gb_s / copy_gb_s, 4)
+            for name, measured in (("copy", copy_gb_s), ("read", read_gb_s)):
+                if measured is not None:
+                    benchmark.extra_info[f"share_of_{name}_bandwidth"] = round(gb_s / measured, 4)
 
     return run
 
 
 @pytest.fixture(scope="session")
-def copy_gb_s() -> float:
-    """Bytes read plus written a second of a copy, measured in a process of its own."""
+def bandwidth() -> dict[str, Any]:
+    """What gptjet.benchmarks.bandwidth measures, in a process of its own."""
     from gptjet.benchmarks.bandwidth import measure_in_subprocess
 
-    return float(measure_in_subprocess("cpu")["copy_gb_s"])
+    return measure_in_subprocess("cpu")
+
+
+@pytest.fixture(scope="session")
+def copy_gb_s(bandwidth: dict[str, Any]) -> float:
+    """Bytes read plus written a second of a copy."""
+    return float(bandwidth["copy_gb_s"])
+
+
+@pytest.fixture(scope="session")
+def read_gb_s(bandwidth: dict[str, Any]) -> float:
+    """Bytes read a second by a matrix-vector product, the shape of a decode step."""
+    return float(bandwidth["read_gb_s"])

@@ -2,8 +2,8 @@
  *
  * The softmax is the plain one: all scores, their maximum, the sum of the exponentials, the
  * weighted sum of the values. Query rows of a tile share each key and value block while it is in
- * the L1 cache; each sums in the order of its own positions, and a masked position adds an exact
- * zero, so the tile it stands in cannot be seen in a row's result. */
+ * the L1 cache; each sums over its own positions in their order, so the tile it stands in cannot be
+ * seen in a row's result. */
 #include <math.h>
 
 #include "gptjet.h"
@@ -80,12 +80,11 @@ GJ_INLINE void score_block(const float *query, const float *keys, int head_dim, 
 }
 #endif
 
-/* Turns the scores of `length` positions into exponentials, zero in the rest of `padded`, and
- * returns one over their sum. */
-static float exponentials(float *scores, int length, size_t padded) {
-    for (size_t p = (size_t)length; p < padded_context(length); p++) scores[p] = -INFINITY;
-    vfloat best = vsplat(-INFINITY);
+/* Turns the scores of `length` positions into exponentials and returns one over their sum. */
+static float exponentials(float *scores, int length) {
     size_t own = padded_context(length);
+    for (size_t p = (size_t)length; p < own; p++) scores[p] = -INFINITY;
+    vfloat best = vsplat(-INFINITY);
     for (size_t p = 0; p < own; p += VL) best = vmax(vload(scores + p), best);
     float maximum = vmax_lane(best);
     vfloat sum = vsplat(0);
@@ -94,7 +93,6 @@ static float exponentials(float *scores, int length, size_t padded) {
         vstore(scores + p, e);
         sum += e;
     }
-    memset(scores + own, 0, (padded - own) * sizeof *scores);
     return 1.0f / vsum(sum);
 }
 
@@ -106,27 +104,37 @@ GJ_INLINE void prefetch_block(const gj_attention *a, const float *data, int begi
     for (int i = 0; i < GJ_BLOCK * a->head_dim; i += 16) __builtin_prefetch(block + i, 0, 3);
 }
 
-/* out[r][0 .. across * VL) = factor[r] * sum over positions of weights[r][p] * values[p]. */
+/* Positions of which every row takes its part: from the end of what is already in `out`. */
+typedef struct {
+    int begin, end;
+    bool last; /* then each row is multiplied by its factor */
+} value_range;
+
+/* out[r][column ..] += sum over a range of positions of weights[r][p] * values[p], for `across`
+ * vectors. Storing and loading a sum between two ranges changes nothing. */
 GJ_INLINE void weigh_values(const gj_attention *a, const float *weights, size_t stride,
-                            const float *factor, int length, int column, float *out,
+                            const float *factor, value_range range, int column, float *out,
                             const int rows, const int across) {
     vfloat sum[GJ_ROW_TILE][4];
 #pragma GCC unroll 8
     for (int r = 0; r < rows; r++)
 #pragma GCC unroll 4
-        for (int j = 0; j < across; j++) sum[r][j] = vsplat(0);
-    for (int begin = 0; begin < length; begin += GJ_BLOCK) {
-        const float *value =
-            a->values + (size_t)a->block_table[begin / GJ_BLOCK] * a->block_stride + column;
-        int count = length - begin < GJ_BLOCK ? length - begin : GJ_BLOCK;
-        if (rows == 1 && column == 0) prefetch_block(a, a->values, begin + GJ_BLOCK, length);
-        for (int p = 0; p < count; p++, value += a->head_dim) {
+        for (int j = 0; j < across; j++)
+            sum[r][j] = range.begin ? vload(out + (size_t)r * a->out_stride + column + j * VL)
+                                    : vsplat(0);
+    for (int p = range.begin; p < range.end;) {
+        int in_block = p % GJ_BLOCK;
+        int stop = p - in_block + GJ_BLOCK < range.end ? p - in_block + GJ_BLOCK : range.end;
+        const float *value = a->values + (size_t)a->block_table[p / GJ_BLOCK] * a->block_stride +
+                             (size_t)(in_block * a->head_dim + column);
+        if (rows == 1 && column == 0) prefetch_block(a, a->values, stop, range.end);
+        for (; p < stop; p++, value += a->head_dim) {
             vfloat v[4];
 #pragma GCC unroll 4
             for (int j = 0; j < across; j++) v[j] = vload(value + j * VL);
 #pragma GCC unroll 8
             for (int r = 0; r < rows; r++) {
-                vfloat weight = vsplat(weights[(size_t)r * stride + (size_t)(begin + p)]);
+                vfloat weight = vsplat(weights[(size_t)r * stride + (size_t)p]);
 #pragma GCC unroll 4
                 for (int j = 0; j < across; j++) sum[r][j] += weight * v[j];
             }
@@ -136,54 +144,51 @@ GJ_INLINE void weigh_values(const gj_attention *a, const float *weights, size_t 
     for (int r = 0; r < rows; r++)
 #pragma GCC unroll 4
         for (int j = 0; j < across; j++)
-            vstore(out + (size_t)r * a->out_stride + column + j * VL, sum[r][j] * vsplat(factor[r]));
+            vstore(out + (size_t)r * a->out_stride + column + j * VL,
+                   range.last ? sum[r][j] * vsplat(factor[r]) : sum[r][j]);
 }
 
 /* The features that fill no vector, in one that is filled up with zeros. (A plain loop over the
  * positions may be compiled in two halves that round differently, and where one ends and the other
  * begins would depend on the length.) */
-static void weigh_rest(const gj_attention *a, const float *weights, float factor, int length,
-                       int column, float *out) {
+static void weigh_rest(const gj_attention *a, const float *weights, float factor,
+                       value_range range, int column, float *out) {
     int count = a->head_dim - column;
-    vfloat sum = vsplat(0);
-    for (int p = 0; p < length; p++) {
+    vfloat sum = range.begin ? vload_some(out + column, count) : vsplat(0);
+    for (int p = range.begin; p < range.end; p++) {
         const float *value = a->values + (size_t)a->block_table[p / GJ_BLOCK] * a->block_stride +
                              (size_t)(p % GJ_BLOCK * a->head_dim + column);
         sum += vsplat(weights[p]) * vload_some(value, count);
     }
+    if (range.last) sum *= vsplat(factor);
     float lanes[VL];
-    vstore(lanes, sum * vsplat(factor));
+    vstore(lanes, sum);
     memcpy(out + column, lanes, (size_t)count * sizeof *lanes);
 }
 
 static void weigh_rows(const gj_attention *a, const float *weights, size_t stride,
-                       const float *factor, int length, float *out, int rows) {
+                       const float *factor, value_range range, float *out, int rows) {
     int d = 0;
+#define CASE(n, across)                                                        \
+    case n:                                                                    \
+        weigh_values(a, weights, stride, factor, range, d, out, n, across);    \
+        break;
 #if VL == 16
     for (; d + 4 * VL <= a->head_dim; d += 4 * VL) switch (rows) {
-#define CASE(n)                                                                     \
-    case n:                                                                         \
-        weigh_values(a, weights, stride, factor, length, d, out, n, 4);             \
-        break;
-            CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6)
-#undef CASE
+            CASE(1, 4) CASE(2, 4) CASE(3, 4) CASE(4, 4) CASE(5, 4) CASE(6, 4)
         }
 #endif
     for (; d + 2 * VL <= a->head_dim; d += 2 * VL) switch (rows) {
-#define CASE(n)                                                                     \
-    case n:                                                                         \
-        weigh_values(a, weights, stride, factor, length, d, out, n, 2);             \
-        break;
-            CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6)
-#undef CASE
+            CASE(1, 2) CASE(2, 2) CASE(3, 2) CASE(4, 2) CASE(5, 2) CASE(6, 2)
         }
+#undef CASE
     for (; d + VL <= a->head_dim; d += VL)
         for (int r = 0; r < rows; r++)
-            weigh_values(a, weights + (size_t)r * stride, stride, factor + r, length, d,
+            weigh_values(a, weights + (size_t)r * stride, stride, factor + r, range, d,
                          out + (size_t)r * a->out_stride, 1, 1);
     if (d < a->head_dim)
         for (int r = 0; r < rows; r++)
-            weigh_rest(a, weights + (size_t)r * stride, factor[r], length, d,
+            weigh_rest(a, weights + (size_t)r * stride, factor[r], range, d,
                        out + (size_t)r * a->out_stride);
 }
 
@@ -208,11 +213,19 @@ void gj_attend(const gj_attention *a, float *scratch) {
     }
     prefetch_block(a, a->values, 0, length);
     for (int r = 0; r < a->rows; r++)
-        factor[r] = exponentials(scores + (size_t)r * stride, a->first_position + r + 1, stride);
+        factor[r] = exponentials(scores + (size_t)r * stride, a->first_position + r + 1);
+    /* Positions that all rows of a register tile attend to, then each row's own last few: what
+     * comes after a row may be infinite or NaN, and not even zero times that is zero. */
     int tiles = (a->rows + GJ_ROW_TILE - 1) / GJ_ROW_TILE;
     for (int t = 0; t < tiles; t++) {
-        int begin = a->rows * t / tiles, end = a->rows * (t + 1) / tiles;
-        weigh_rows(a, scores + (size_t)begin * stride, stride, factor + begin,
-                   a->first_position + end, a->out + (size_t)begin * a->out_stride, end - begin);
+        int first = a->rows * t / tiles, rows = a->rows * (t + 1) / tiles - first;
+        int common = a->first_position + first + 1;
+        weigh_rows(a, scores + (size_t)first * stride, stride, factor + first,
+                   (value_range){0, common, rows == 1}, a->out + (size_t)first * a->out_stride,
+                   rows);
+        for (int r = first; r < first + rows && rows > 1; r++)
+            weigh_rows(a, scores + (size_t)r * stride, stride, factor + r,
+                       (value_range){common, a->first_position + r + 1, true},
+                       a->out + (size_t)r * a->out_stride, 1);
     }
 }

@@ -13,6 +13,18 @@
 
 enum { LARGE_PAGE = 2 << 20 };
 
+#ifdef GPTJET_PLAIN_MEMORY
+/* For the sanitizers, which watch the borders of what malloc gives. */
+void *gj_allocate(size_t bytes) {
+    void *memory = aligned_alloc(64, (bytes + 63) / 64 * 64);
+    return memory ? memset(memory, 0, bytes) : NULL;
+}
+
+void gj_release(void *memory, size_t bytes) {
+    (void)bytes;
+    free(memory);
+}
+#else
 void *gj_allocate(size_t bytes) {
     /* A token reads all weights, and in small pages that is a page walk every 4 KiB. */
     size_t slack = bytes >= LARGE_PAGE ? LARGE_PAGE : 0;
@@ -35,13 +47,19 @@ void *gj_allocate(size_t bytes) {
 void gj_release(void *memory, size_t bytes) {
     if (memory) munmap(memory, bytes);
 }
+#endif
 
 float gj_half_to_float(uint16_t half) {
-    /* The exponent moves from base 15 to base 127 by a product with 2^112, subnormals too. */
+    /* The exponent moves from base 15 to base 127 by a product with 2^112, subnormals too.
+     * What reaches 2^16 was infinity or NaN, and takes the exponent of those. */
     uint32_t magnitude = (uint32_t)(half & 0x7fff) << 13;
     float value;
     memcpy(&value, &magnitude, sizeof value);
     value *= 0x1p112f;
+    if (value >= 65536.0f) {
+        magnitude |= 0x7f800000;
+        memcpy(&value, &magnitude, sizeof value);
+    }
     return half & 0x8000 ? -value : value;
 }
 

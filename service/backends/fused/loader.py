@@ -30,7 +30,11 @@ from gptjet.service.engine.errors import BackendLoadError
 from gptjet.service.models.architecture import build_config, verify_architecture
 from gptjet.service.models.checkpoint import Checkpoint, resolve_checkpoint
 from gptjet.service.models.fused import families
-from gptjet.service.models.fused.weights import FusedWeights, load_fused_weights
+from gptjet.service.models.fused.weights import (
+    FusedWeights,
+    load_fused_weights,
+    quantized_weight_type,
+)
 from gptjet.service.models.geometry import eos_token_ids
 from gptjet.service.models.memory import format_bytes
 from gptjet.service.models.tokenizer import load_tokenizer
@@ -108,6 +112,7 @@ def _load_and_prove(
     references = _record(plan)
     weights = _load_weights(plan, progress=options.progress)
     computer = build_model(weights, plan.weight_type, plan.device, num_threads=plan.num_threads)
+    num_parameters = weights.num_parameters
     del weights
     limits = _limits(options, plan, computer)
     try:
@@ -117,6 +122,7 @@ def _load_and_prove(
             return verdict
         logger.info("parity with transformers passed: %s", verdict.detail)
         runner, spec = _serve(options, plan, computer, verdict, limits)
+        spec = dataclasses.replace(spec, num_parameters=num_parameters)
     except BaseException:
         computer.model.close()
         raise
@@ -129,7 +135,7 @@ def _load_and_prove(
 
 def _plan(options: LoadOptions, checkpoint: Checkpoint, device: torch.device) -> _Plan:
     families.check_family(checkpoint)
-    stored = _stored_type(checkpoint)
+    stored = quantized_weight_type(checkpoint)
     weight_type = choose_weight_type(options.dtype, device, stored)
     check_weight_type(weight_type, device)
     if stored is None:
@@ -160,13 +166,6 @@ def _plan(options: LoadOptions, checkpoint: Checkpoint, device: torch.device) ->
         num_parameters,
         proof.choose_probes(geometry, num_parameters, device),
     )
-
-
-def _stored_type(checkpoint: Checkpoint) -> str | None:
-    """The weight type of a checkpoint that `gptjet quantize` wrote, else None."""
-    if not checkpoint.is_quantized:
-        return None
-    return str(checkpoint.config["quantization_config"].get("weight_type"))
 
 
 def _count_parameters(geometry: BlockGeometry) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -73,7 +74,12 @@ def build_model(
         return Computer(model, compute, False, f"PyTorch {torch.__version__}")
     layers = weights.layers()  # untouched where the kernels cannot be had
     try:
-        native = CpuModel.pack(weights.geometry, weights.head, layers, num_threads=num_threads)
+        native = CpuModel.pack(
+            weights.geometry,
+            weights.head,
+            _giving_up_head(weights.head, layers),
+            num_threads=num_threads,
+        )
     except NativeUnavailableError as error:
         reason = one_line(error)
         logger.warning("no kernels for this CPU, PyTorch computes instead: %s", reason)
@@ -90,6 +96,24 @@ def build_model(
             f"the CPU kernels cannot take the weights: {one_line(error)}"
         ) from error
     return Computer(native, torch.float32, True, f"CPU kernels on {num_threads} threads")
+
+
+def _giving_up_head(head: HeadWeights, layers: Iterator[LayerWeights]) -> Iterator[LayerWeights]:
+    """The layers; the head's memory goes between the first two.
+
+    `pack` has copied the head before it asks for a second layer, and its caller's own head would
+    stay beside that copy until the end: at a width of 4096, half of an INT8 model again.
+    """
+    yield from itertools.islice(layers, 1)
+    for weight in (head.embedding, _stored(head.lm_head)):
+        weight.set_()
+    yield from layers
+
+
+def _stored(weight: Weight) -> torch.Tensor:
+    if isinstance(weight, DenseWeight):
+        return weight.weight
+    return weight.quantized if isinstance(weight, Int8Weight) else weight.packed
 
 
 def _layers_to(layers: Iterator[LayerWeights], device: torch.device) -> Iterator[LayerWeights]:

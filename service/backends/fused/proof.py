@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from gptjet.service.backends.layerwise import WeightSource
 
 # Of the probes, on a CPU: some seconds of two slow cores. A GPU runs all of them.
-_CPU_FLOP = 4e11
+_CPU_FLOP = 2e11
 _FLOAT_DTYPES = ("float32", "float16", "bfloat16")
 
 

@@ -61,6 +61,7 @@ class Recipe:
         return {
             "quant_method": QUANT_METHOD,
             "format_version": FORMAT_VERSION,
+            "weight_type": self.weight_type,
         } | dataclasses.asdict(self)
 
 

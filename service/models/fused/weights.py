@@ -136,7 +136,8 @@ def quantized_weight_type(checkpoint: Checkpoint) -> WeightType | None:
     """
     if not checkpoint.is_quantized:
         return None
-    return "int8" if recipes.read_recipe(checkpoint)[0].bits == 8 else "int4"
+    recipe, _ = recipes.read_recipe(checkpoint)
+    return "int8" if recipe.bits == 8 else "int4"
 
 
 def _load_quantized(

@@ -137,6 +137,9 @@ def test_the_highest_rate_is_searched_with_runs_of_their_own(
     assert records[-1]["kind"] == "load_search"
     assert [v["rate"] for v in records[-1]["verdicts"]] == [0.02, 0.01]
     assert {r["rate"] for r in records if r["kind"] == "load_summary"} == {0.02, 0.01}
+    # A second rate with the first one's prompts would be answered from a prefix cache.
+    seeds = [r["spec"]["workload"]["seed"] for r in records if r["kind"] == "load_run"]
+    assert len(set(seeds)) == len(seeds) == 2
 
 
 def test_the_highest_rate_that_holds_is_found_and_is_below_what_the_server_can_do(

@@ -168,9 +168,7 @@ def test_weights_that_do_not_fit_the_geometry_are_refused(
 ) -> None:
     model = plain.random_model(plain.GEOMETRIES["head32"], "fp32")
     with pytest.raises(ValueError, match=message):
-        CpuModel.pack(
-            replace(model.geometry, **change), model.head, model.layers, num_threads=1
-        )
+        CpuModel.pack(replace(model.geometry, **change), model.head, model.layers, num_threads=1)
 
 
 @pytest.mark.parametrize(

@@ -56,6 +56,31 @@ def test_greedy_takes_the_likeliest_token_and_the_lowest_id_of_equals(sampler):
     assert sampler.sample(logits, states).token_ids == [30, 0]
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("params", [SamplingParams(), SamplingParams(logprobs=0)])
+def test_greedy_rows_that_are_not_finite_are_named_and_advance_no_state(sampler, params, bad):
+    logits = random_logits(4)
+    logits[1] = bad
+    logits[3, 7 if bad > 0 or bad != bad else slice(None)] = bad
+    states = [state_of(sampler, params) for _ in range(4)]
+    with pytest.raises(NonFiniteLogitsError) as caught:
+        sampler.sample(logits, states)
+    assert caught.value.rows == (1, 3)
+    assert [state.num_output_tokens for state in states] == [0] * 4
+
+
+def test_the_short_way_of_a_plain_greedy_batch_gives_the_same_tokens(sampler):
+    logits = random_logits(5)
+    plain = [state_of(sampler, SamplingParams()) for _ in range(5)]
+    with_logprobs = [state_of(sampler, SamplingParams(logprobs=0)) for _ in range(5)]
+    assert all(state.plain for state in plain)
+    assert not any(state.plain for state in with_logprobs)
+    expected = sampler.sample(logits, with_logprobs).token_ids
+    assert sampler.sample(logits, plain).token_ids == expected
+    for params in (SamplingParams(min_new_tokens=1), SamplingParams(logit_bias={3: 1.0})):
+        assert not state_of(sampler, params).plain
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -417,6 +442,20 @@ def test_prompt_logprobs_give_each_prompt_token_the_distribution_before_it(sampl
 def test_a_prompt_of_one_token_has_one_entry_without_a_logprob(sampler):
     state = state_of(sampler, SamplingParams(echo=True, logprobs=2), prompt=(42,))
     assert sampler.prompt_logprobs(torch.zeros(0, VOCAB), state) == (TokenLogprob(42, None),)
+
+
+def test_prompt_logprobs_of_chunks_are_those_of_the_whole(sampler):
+    logits = random_logits(len(PROMPT) - 1, seed=4)
+    state = state_of(sampler, SamplingParams(echo=True, logprobs=2))
+    chunks = [(0, 1), (1, 3), (3, 4), (4, 5)]
+    entries = [
+        sampler.prompt_logprobs(logits[start : min(end, 4)], state, start, end)
+        for start, end in chunks
+    ]
+    assert [len(part) for part in entries] == [2, 2, 1, 0]
+    assert sum(entries, ()) == sampler.prompt_logprobs(logits, state)
+    with pytest.raises(ValueError, match=r"must be \[2, 257\], got \[1, 257\]"):
+        sampler.prompt_logprobs(logits[:1], state, 1, 3)
 
 
 def test_prompt_logits_are_checked(sampler):
