@@ -119,6 +119,9 @@ def _delimiter(sample: str) -> str:
 
 
 def _rows(text: str, delimiter: str, max_rows: int) -> list[Row]:
+    # Python's limit of a cell is the whole process's. The file's size is limited already, and a
+    # text that is too long is an error of its row.
+    csv.field_size_limit(max(csv.field_size_limit(), len(text)))
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
     rows: list[Row] = []
     line = 1

@@ -127,6 +127,9 @@ function mark({ text, highlights, missing_words }) {
     : "";
   show(byId("missing"), quoted !== "");
   show(byId("in-text"), highlights.length > 0 || quoted !== "");
+  // In a long text the first of them may be out of sight.
+  const first = byId("marked").querySelector("mark");
+  byId("marked").scrollTop = first ? first.offsetTop - byId("marked").offsetTop - 24 : 0;
 }
 
 function facts(result) {

@@ -119,6 +119,21 @@ def test_a_place_after_characters_beyond_16_bits_is_marked_where_it_is(
     assert browser.text("mark") == "wonderful"
 
 
+def test_the_first_marked_word_of_a_long_text_is_in_sight(
+    live_page: LivePage, browser: Browser
+) -> None:
+    page = live_page()
+    browser.open(page.url)
+    browser.paste("It goes on and on. " * 200 + "wonderful")
+    browser.click("#classify")
+    browser.phase("done")
+    assert browser.js(
+        "(() => { const box = document.querySelector('#marked').getBoundingClientRect();"
+        " const word = document.querySelector('mark').getBoundingClientRect();"
+        " return word.top >= box.top && word.bottom <= box.bottom; })()"
+    )
+
+
 def test_stop_ends_the_answer_on_the_server_and_keeps_what_came(
     live_page: LivePage, browser: Browser
 ) -> None:

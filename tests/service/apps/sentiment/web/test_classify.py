@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+from gptjet.service.apps.sentiment.web.events import answer_events
+
 OpenPage = Any
 Until = Any
 
@@ -50,6 +52,17 @@ async def test_leaving_an_answer_closes_its_stream_on_the_server(
         await until(lambda: page.source.running == 1)
     await until(lambda: page.source.running == 0)
     assert page.source.closed == ["wonderful"]
+
+
+async def test_closing_the_events_closes_the_classifiers_stream_before_it_returns(
+    source: Any,
+) -> None:
+    """As it is closed where a visitor takes nothing any more: nothing is cancelled then."""
+    events = answer_events(source.classifier(source.templates[0], explain=True), "wonderful", 0)
+    await anext(events)
+    assert source.running == 1
+    await events.aclose()
+    assert source.running == 0
 
 
 async def test_a_server_that_goes_away_in_the_middle_is_told_after_the_words_that_came(
