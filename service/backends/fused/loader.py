@@ -45,8 +45,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 # Tokens of a prompt chunk: how long running streams wait for a new prompt, against how often it
-# reads the weights. Two cores, INT8, width 4096, ms a token: 3.6 at 16, 2.5 at 64, 2.3 at 128 (0.3 s
-# a chunk, twelve decode steps) and no less at 256. A GPU needs more tokens to be busy.
+# reads the weights. Two cores, INT8, width 4096: 3.6 ms a token at 16, 2.5 at 64, 2.3 at 128 (a
+# chunk of 0.3 s, twelve decode steps) and no less at 256. A GPU needs more tokens to be busy.
 _MAX_PREFILL_TOKENS = {"cpu": 128, "cuda": 1024}
 _MAX_DRAFT_TOKENS = 16
 # The rest is for the pages of files and for other processes.
