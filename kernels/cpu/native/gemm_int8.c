@@ -75,7 +75,11 @@ GJ_INLINE void register_tile(const gj_group *g, float *tile, const int rows) {
         for (int k = 0; k < g->padded_group; k += 4, w += 4 * GJ_PANEL, v += 4) {
             __m512i column[NV];
 #pragma GCC unroll 4
-            for (int j = 0; j < NV; j++) column[j] = _mm512_loadu_si512(w + 64 * j);
+            for (int j = 0; j < NV; j++) {
+                /* The next group: few rows wait for memory as one row does. */
+                if (part == 0) __builtin_prefetch(w + 64 * j + g->padded_group * GJ_PANEL, 0, 3);
+                column[j] = _mm512_loadu_si512(w + 64 * j);
+            }
 #pragma GCC unroll 8
             for (int r = 0; r < rows; r++) {
                 __m512i four = quad(v + (size_t)r * g->stride);
