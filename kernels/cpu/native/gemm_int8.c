@@ -70,6 +70,11 @@ GJ_INLINE void register_tile(const gj_group *g, float *tile, const int rows) {
     for (int r = 0; r < rows; r++)
 #pragma GCC unroll 4
         for (int j = 0; j < NV; j++) sum[r][j] = _mm512_setzero_si512();
+    /* A group of a row is too short a stream for the processor to see it coming. */
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; r++)
+        for (int at = 0; at < 2 * g->padded_group; at += 64)
+            __builtin_prefetch(g->values + (size_t)r * g->stride + 2 * g->padded_group + at, 0, 3);
     for (int part = 0; part < 2; part++) {
         const uint8_t *w = g->bytes, *v = g->values + part * g->padded_group;
         for (int k = 0; k < g->padded_group; k += 4, w += 4 * GJ_PANEL, v += 4) {
