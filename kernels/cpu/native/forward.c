@@ -2,8 +2,8 @@
  *
  * A layer is two products with what they need folded into them: the rotary positions, the writing
  * of keys and values to the cache and the GELU happen to W_in's tiles while these are in the L1
- * cache, the residual to W_out's. So a layer takes three barriers, and all keys and values of the
- * pass are in the cache before anyone attends to them.
+ * cache, the residual to W_out's. So a layer is three phases of shared work, and all keys and
+ * values of the pass are in the cache before anyone attends to them.
  *
  * `wide` holds W_in's output [q | k | v | mlp]. Attention writes into the place of v, which is in
  * the cache by then, so that [attention | gelu(mlp)] stands ready for W_out. */
@@ -124,9 +124,36 @@ static void multiply(const pass *p, int thread, const gj_weight *weight, gj_oper
     gj_share(p->m->pool, thread, count, product_task, &work);
 }
 
-/* Rows as the weight's kernel reads them: normalised if `norm_weight` is given, quantised if the
- * weight is not dense. Few rows are done by every thread for itself, which is quicker than a
- * barrier; else the threads share them, and there is a barrier. `which` maps row to source row. */
+/* Rows as a weight's kernel reads them: normalised if `norm_weight` is given, quantised if the
+ * weight is not dense. `which` maps row to source row. */
+typedef struct {
+    const gj_model *m;
+    const gj_weight *weight;
+    const float *source;
+    size_t stride;
+    const int32_t *which;
+    const float *norm_weight, *norm_bias;
+    float *values;
+    uint8_t *quantized;
+    size_t quantized_stride;
+} preparation;
+
+static void prepare_row(void *context, int thread, size_t row) {
+    (void)thread;
+    const preparation *work = context;
+    const gj_model *m = work->m;
+    const float *x = work->source + (work->which ? (size_t)work->which[row] : row) * work->stride;
+    if (work->norm_weight) {
+        float *to = work->values + row * m->normal_stride;
+        gj_layer_norm(x, work->norm_weight, work->norm_bias, m->g.layer_norm_eps, m->g.hidden_size,
+                      to);
+        x = to;
+    }
+    if (work->weight->kind != GJ_FP32)
+        gj_quantize_row(work->weight, x, work->quantized + row * work->quantized_stride);
+}
+
+/* Few rows are done by every thread for itself, which is quicker than to share them. */
 static gj_operand prepare(const pass *p, int thread, const gj_weight *weight, int rows,
                           const float *source, size_t stride, const int32_t *which,
                           const float *norm_weight, const float *norm_bias) {
@@ -134,26 +161,20 @@ static gj_operand prepare(const pass *p, int thread, const gj_weight *weight, in
     bool quantize = weight->kind != GJ_FP32, alone = rows <= GJ_PRIVATE_ROWS;
     if (!quantize && !norm_weight) return (gj_operand){.values = source, .stride = stride};
     gj_thread_scratch *mine = m->threads + thread;
-    int threads = gj_pool_threads(m->pool);
-    int begin = alone ? 0 : (int)((int64_t)rows * thread / threads);
-    int end = alone ? rows : (int)((int64_t)rows * (thread + 1) / threads);
-    float *values = alone ? mine->values : m->normal;
-    uint8_t *quantized = alone ? mine->quantized : m->quantized;
-    size_t quantized_stride = quantize ? gj_quantized_bytes(weight) : 0;
-    for (int row = begin; row < end; row++) {
-        const float *x = source + (size_t)(which ? which[row] : row) * stride;
-        if (norm_weight) {
-            float *to = values + (size_t)row * m->normal_stride;
-            gj_layer_norm(x, norm_weight, norm_bias, m->g.layer_norm_eps, m->g.hidden_size, to);
-            x = to;
-        }
-        if (quantize) gj_quantize_row(weight, x, quantized + (size_t)row * quantized_stride);
-    }
-    if (!alone) gj_barrier(m->pool);
-    return (gj_operand){.values = values,
+    preparation work = {.m = m, .weight = weight, .source = source, .stride = stride};
+    work.which = which;
+    work.norm_weight = norm_weight;
+    work.norm_bias = norm_bias;
+    work.values = alone ? mine->values : m->normal;
+    work.quantized = alone ? mine->quantized : m->quantized;
+    work.quantized_stride = quantize ? gj_quantized_bytes(weight) : 0;
+    if (alone)
+        for (int row = 0; row < rows; row++) prepare_row(&work, thread, (size_t)row);
+    else gj_share(m->pool, thread, (size_t)rows, prepare_row, &work);
+    return (gj_operand){.values = work.values,
                         .stride = m->normal_stride,
-                        .quantized = quantized,
-                        .quantized_stride = quantized_stride};
+                        .quantized = work.quantized,
+                        .quantized_stride = work.quantized_stride};
 }
 
 /* ---- attention ---- */
@@ -186,43 +207,36 @@ static void attention_task(void *context, int thread, size_t index) {
 
 /* ---- the pass ---- */
 
-static void embed(const pass *p, int thread) {
+static void embed(void *context, int thread, size_t row) {
+    (void)thread;
+    const pass *p = context;
     const gj_model *m = p->m;
-    int threads = gj_pool_threads(m->pool);
     size_t hidden = (size_t)m->g.hidden_size;
-    int begin = (int)((int64_t)p->rows * thread / threads);
-    int end = (int)((int64_t)p->rows * (thread + 1) / threads);
-    for (int row = begin; row < end; row++) {
-        size_t from = (size_t)p->batch->token_ids[p->first + row] * hidden;
-        float *x = m->residual + (size_t)row * hidden;
-        if (!m->g.half_embedding) {
-            memcpy(x, (const float *)m->embedding + from, hidden * sizeof *x);
-            continue;
-        }
-        const uint16_t *half = (const uint16_t *)m->embedding + from;
-        for (size_t i = 0; i < hidden; i++) x[i] = gj_half_to_float(half[i]);
+    size_t from = (size_t)p->batch->token_ids[(size_t)p->first + row] * hidden;
+    float *x = m->residual + row * hidden;
+    if (!m->g.half_embedding) {
+        memcpy(x, (const float *)m->embedding + from, hidden * sizeof *x);
+        return;
     }
+    const uint16_t *half = (const uint16_t *)m->embedding + from;
+    for (size_t i = 0; i < hidden; i++) x[i] = gj_half_to_float(half[i]);
 }
 
 static void run_pass(void *context, int thread) {
     pass mine = *(const pass *)context, *p = &mine;
     gj_model *m = p->m;
     size_t hidden = (size_t)m->g.hidden_size;
-    embed(p, thread);
-    gj_barrier(m->pool);
+    gj_share(m->pool, thread, (size_t)p->rows, embed, p);
     for (p->layer = 0; p->layer < m->g.num_layers; p->layer++) {
         const gj_layer *layer = m->layers + p->layer;
         gj_operand operand = prepare(p, thread, &layer->w_in, p->rows, m->residual, hidden, NULL,
                                      layer->norm_weight, layer->norm_bias);
         multiply(p, thread, &layer->w_in, operand, p->rows, finish_w_in);
-        gj_barrier(m->pool);
         size_t count = (size_t)p->num_tiles * (size_t)m->g.num_heads;
         gj_share(m->pool, thread, count, attention_task, p);
-        gj_barrier(m->pool);
         operand = prepare(p, thread, &layer->w_out, p->rows, m->wide + 2 * attention_size(m),
                           m->wide_stride, NULL, NULL, NULL);
         multiply(p, thread, &layer->w_out, operand, p->rows, finish_w_out);
-        gj_barrier(m->pool);
     }
     if (!p->num_wanted) return;
     gj_operand operand = prepare(p, thread, &m->lm_head, p->num_wanted, m->residual, hidden,

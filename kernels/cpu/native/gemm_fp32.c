@@ -26,6 +26,11 @@ GJ_INLINE void register_tile(const float *a, size_t stride, const float *b, int 
         if (stream)
             for (int line = 0; line < ACROSS; line += 16)
                 __builtin_prefetch((const char *)(b + line) + AHEAD, 0, 3);
+        /* The rows after these: a chunk of a row is too short a stream to be seen coming. */
+        if (rows > 1 && k % 16 == 0)
+#pragma GCC unroll 8
+            for (int r = 0; r < rows; r++)
+                __builtin_prefetch(a + (size_t)(r + rows) * stride + k, 0, 3);
         vfloat column[NV];
 #pragma GCC unroll 8
         for (int j = 0; j < NV; j++) column[j] = vload(b + j * VL);

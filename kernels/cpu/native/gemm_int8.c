@@ -70,12 +70,21 @@ GJ_INLINE void register_tile(const gj_group *g, float *tile, const int rows) {
     for (int r = 0; r < rows; r++)
 #pragma GCC unroll 4
         for (int j = 0; j < NV; j++) sum[r][j] = _mm512_setzero_si512();
+    /* A group of a row is too short a stream for the processor to see it coming. */
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; r++)
+        for (int at = 0; at < 2 * g->padded_group; at += 64)
+            __builtin_prefetch(g->values + (size_t)r * g->stride + 2 * g->padded_group + at, 0, 3);
     for (int part = 0; part < 2; part++) {
         const uint8_t *w = g->bytes, *v = g->values + part * g->padded_group;
         for (int k = 0; k < g->padded_group; k += 4, w += 4 * GJ_PANEL, v += 4) {
             __m512i column[NV];
 #pragma GCC unroll 4
-            for (int j = 0; j < NV; j++) column[j] = _mm512_loadu_si512(w + 64 * j);
+            for (int j = 0; j < NV; j++) {
+                /* The next group: few rows wait for memory as one row does. */
+                if (part == 0) __builtin_prefetch(w + 64 * j + g->padded_group * GJ_PANEL, 0, 3);
+                column[j] = _mm512_loadu_si512(w + 64 * j);
+            }
 #pragma GCC unroll 8
             for (int r = 0; r < rows; r++) {
                 __m512i four = quad(v + (size_t)r * g->stride);

@@ -24,7 +24,7 @@ enum {
     GJ_BLOCK = 16,      /* tokens of a KV block */
     GJ_QUERY_TILE = 12, /* query rows of an attention task */
     GJ_PASS_ROWS = 512, /* rows of a pass over the weights; more rows take more passes */
-    GJ_PRIVATE_ROWS = 4 /* up to here every thread normalises all rows itself: no barrier */
+    GJ_PRIVATE_ROWS = 4 /* up to here every thread normalises all rows itself */
 };
 
 enum gj_kind { GJ_FP32, GJ_INT8, GJ_INT4 };

@@ -1,4 +1,4 @@
-/* A few threads that run one function together, with barriers and shared work inside it.
+/* A few threads that run one function together, in phases of shared work.
  *
  * Waiting has three stages. A thread first spins for about a microsecond: the others are as a
  * rule that close behind. Then it yields the processor between looks, so that on a busy machine
@@ -36,7 +36,7 @@ enum { CACHE_LINE = 64, SPINS = GPTJET_SPINS };
 #endif
 
 typedef struct {
-    _Alignas(CACHE_LINE) atomic_size_t taken;
+    _Alignas(CACHE_LINE) _Atomic uint64_t taken; /* phase << 32 | indices taken of the range */
 } work_range;
 
 /* A number that only grows, and whoever sleeps until it does. */
@@ -47,13 +47,17 @@ typedef struct {
 
 struct gj_pool {
     signal_word started;  /* regions begun */
-    signal_word released; /* barriers passed */
-    _Alignas(CACHE_LINE) atomic_int arrived;
+    signal_word phase;    /* shares completed, ever */
+    _Alignas(CACHE_LINE) atomic_size_t done; /* indices of this phase */
+    _Alignas(CACHE_LINE) atomic_int active;  /* workers inside the region */
+    atomic_bool open;                        /* workers may still enter it */
     _Alignas(CACHE_LINE) gj_region region;
     void *context;
+    uint32_t first_phase; /* of the region */
     bool stopping;
     int num_threads;
     pthread_t *threads;
+    uint32_t *next_phase; /* of each thread */
     work_range *ranges;
 };
 
@@ -113,51 +117,75 @@ static void advance(signal_word *word) {
 #endif
 }
 
-void gj_barrier(gj_pool *pool) {
-    uint32_t seen = atomic_load(&pool->released.value);
-    if (atomic_fetch_add(&pool->arrived, 1) + 1 < pool->num_threads) {
-        wait_for_change(&pool->released, seen);
-        return;
-    }
-    /* The last to arrive: nobody touches the ranges until the others are let go. */
-    atomic_store(&pool->arrived, 0);
+/* The thread that completes the last index opens the next phase. */
+static void complete(gj_pool *pool, uint32_t phase) {
+    atomic_store(&pool->done, 0);
     for (int i = 0; i < pool->num_threads; i++)
-        atomic_store_explicit(&pool->ranges[i].taken, 0, memory_order_relaxed);
-    if (pool->num_threads > 1) advance(&pool->released);
+        atomic_store(&pool->ranges[i].taken, (uint64_t)(phase + 1) << 32);
+    advance(&pool->phase);
+}
+
+/* One more index of the range, or `size` if there is none or the phase is over. */
+static size_t take(work_range *range, uint32_t phase, size_t size) {
+    uint64_t word = atomic_load(&range->taken);
+    while ((uint32_t)(word >> 32) == phase && (uint32_t)word < size)
+        if (atomic_compare_exchange_weak(&range->taken, &word, word + 1)) return (uint32_t)word;
+    return size;
 }
 
 void gj_share(gj_pool *pool, int thread, size_t count, gj_task task, void *context) {
-    size_t threads = (size_t)pool->num_threads;
+    if (!count) return;
+    size_t threads = (size_t)pool->num_threads, index;
+    uint32_t phase = pool->next_phase[thread]++;
     for (size_t turn = 0; turn < threads; turn++) {
         size_t owner = ((size_t)thread + turn) % threads;
-        size_t begin = count * owner / threads, end = count * (owner + 1) / threads;
-        atomic_size_t *taken = &pool->ranges[owner].taken;
-        for (;;) {
-            size_t index = begin + atomic_fetch_add_explicit(taken, 1, memory_order_relaxed);
-            if (index >= end) break;
-            task(context, thread, index);
+        size_t begin = count * owner / threads, size = count * (owner + 1) / threads - begin;
+        while ((index = take(pool->ranges + owner, phase, size)) < size) {
+            task(context, thread, begin + index);
+            if (atomic_fetch_add(&pool->done, 1) + 1 < count) continue;
+            complete(pool, phase);
+            return;
         }
     }
+    wait_for_change(&pool->phase, phase);
 }
 
 static void *work(void *argument) {
     worker_argument mine = *(worker_argument *)argument;
     free(argument);
     gj_pool *pool = mine.pool;
-    for (uint32_t seen = 0;; seen++) {
+    for (uint32_t seen = 0;;) {
         wait_for_change(&pool->started, seen);
-        if (pool->stopping) return NULL;
-        pool->region(pool->context, mine.thread);
-        gj_barrier(pool);
+        atomic_fetch_add(&pool->active, 1);
+        seen = atomic_load(&pool->started.value);
+        bool stopping = pool->stopping;
+        if (!stopping && atomic_load(&pool->open)) {
+            pool->next_phase[mine.thread] = pool->first_phase;
+            pool->region(pool->context, mine.thread);
+        }
+        atomic_fetch_sub(&pool->active, 1);
+        if (stopping) return NULL;
     }
 }
 
 void gj_pool_run(gj_pool *pool, gj_region region, void *context) {
     pool->region = region;
     pool->context = context;
-    if (pool->num_threads > 1) advance(&pool->started);
+    pool->first_phase = pool->next_phase[0];
+    if (pool->num_threads == 1) {
+        region(context, 0);
+        return;
+    }
+    atomic_store(&pool->open, true);
+    advance(&pool->started);
     region(context, 0);
-    gj_barrier(pool);
+    /* The work is done. Whoever has not come yet stays out; who is inside finds nothing to do, but
+     * the context must outlive his looking. */
+    atomic_store(&pool->open, false);
+    for (int i = 0; atomic_load(&pool->active) > 0; i++) {
+        if (i < SPINS) pause_briefly();
+        else sched_yield();
+    }
 }
 
 int gj_pool_threads(const gj_pool *pool) { return pool->num_threads; }
@@ -168,8 +196,9 @@ gj_pool *gj_pool_create(int num_threads) {
     if (!pool) return NULL;
     *pool = (gj_pool){.num_threads = 1};
     pool->threads = calloc((size_t)num_threads, sizeof *pool->threads);
+    pool->next_phase = calloc((size_t)num_threads, sizeof *pool->next_phase);
     pool->ranges = aligned_alloc(CACHE_LINE, (size_t)num_threads * sizeof *pool->ranges);
-    int error = pool->threads && pool->ranges ? 0 : ENOMEM;
+    int error = pool->threads && pool->ranges && pool->next_phase ? 0 : ENOMEM;
     /* The workers take no signals: those are for the program that called. */
     sigset_t all, before;
     sigfillset(&all);
@@ -201,5 +230,6 @@ void gj_pool_destroy(gj_pool *pool) {
     for (int i = 1; i < pool->num_threads; i++) pthread_join(pool->threads[i], NULL);
     free(pool->threads);
     free(pool->ranges);
+    free(pool->next_phase);
     free(pool);
 }

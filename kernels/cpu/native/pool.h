@@ -1,4 +1,4 @@
-/* A few threads that run one function together, with barriers and shared work inside it. */
+/* A few threads that run one function together, in phases of shared work. */
 #ifndef GPTJET_POOL_H
 #define GPTJET_POOL_H
 
@@ -17,12 +17,12 @@ int gj_pool_threads(const gj_pool *pool);
  * done. One caller at a time. */
 void gj_pool_run(gj_pool *pool, gj_region region, void *context);
 
-/* To be called by every thread of a region. */
-void gj_barrier(gj_pool *pool);
-
-/* Inside a region: every thread calls it with the same count, and each index is done once. A thread
- * begins with its own range, the same in every pass, whose weights may still be in its cache; then
- * it helps the others. A barrier must follow before the next use. */
+/* Inside a region: every thread calls it with the same count, each index is done once, and it
+ * returns when all are done. A thread begins with its own range, the same in every pass, whose
+ * weights may still be in its cache; then it helps the others. Nobody waits for a thread that has
+ * no index in hand: on a busy machine one may not get a processor for milliseconds, and the others
+ * then do its part. It finds the phase over when it comes. What a region does outside of shares
+ * must therefore write nothing that another thread reads. */
 void gj_share(gj_pool *pool, int thread, size_t count, gj_task task, void *context);
 
 #endif
