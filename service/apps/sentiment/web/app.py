@@ -82,7 +82,8 @@ def create_app(
             Route("/api/classify", page.classify, methods=["POST"]),
             Route("/api/table", page.table, methods=["POST"]),
             Route("/api/table/classify", page.classify_table, methods=["POST"]),
-            Mount("/static", _Static(directory=static_folder())),
+            # An editable install is a farm of links, which lead out of the folder.
+            Mount("/static", _Static(directory=static_folder(), follow_symlink=True)),
         ],
         middleware=[
             Middleware(SecurityHeaders),
