@@ -68,9 +68,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _measure(flags: argparse.Namespace, races: Sequence[Race], recorded: Recorded) -> None:
-    environment = record_environment()
     # Every library, and the server we start, read their number of threads here.
     os.environ["OMP_NUM_THREADS"] = str(flags.threads)
+    environment = record_environment()
 
     def start_entry(entry: Entry, folder: Path) -> AbstractContextManager[Contestant]:
         return start(

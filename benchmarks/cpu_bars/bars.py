@@ -75,12 +75,14 @@ class Bars:
         ours = f"{ENGINE}:{self.backend}"
         yield self.speed("W", f"{ours}/fp32", ["ctranslate2/fp32"], 0.98)
         yield self.speed("W", f"{ours}/int8", ["ctranslate2/int8"], 1.0)
-        yield self.speed("W", f"{ours}/int4", [f"{ours}/int8"], 1.4)
+        yield self.speed("W", f"{ours}/int4", ["ctranslate2/int8"], 1.4)
         yield self.speed("M", f"{ours}/fp32", ["ctranslate2/fp32"], 1.0, strict=True)
         peers = ["ctranslate2/int8", "openvino/int8"]
         yield self.speed("M", f"{ours}/int8", peers, 1.0, strict=True)
         yield self.speed("M", f"{ours}/int4", [f"{ours}/int8"], 1.0)
-        yield self.speed("S", f"{ours}/fp32", [f"{ENGINE}:{REFERENCE}/fp32"], 3.0)
+        # transformers by itself, and under our engine: what that costs is not theirs.
+        transformers = ["transformers/fp32", f"{ENGINE}:{REFERENCE}/fp32"]
+        yield self.speed("S", f"{ours}/fp32", transformers, 3.0)
         yield self.speed("S", f"{ours}/fp32", ["ctranslate2/fp32"], 1.0, strict=True)
         yield self.speed("S", f"{ours}/int8", ["ctranslate2/int8"], None)
         for weight_type in ("fp32", "int8"):

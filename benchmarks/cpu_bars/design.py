@@ -159,6 +159,7 @@ def _fp32_entries(model: str, backend: str) -> tuple[Entry, ...]:
     names = [f"{ENGINE}:{backend}", f"{SERVER}:{backend}", f"{ENGINE}:{REFERENCE}", "ctranslate2"]
     # Not at W: two layers give a compiler nothing to do, and it is 3.3 GB more.
     names += [] if model == "W" else ["transformers-compiled"]
+    names += ["transformers"] if model == "S" else []
     return tuple(Entry(name, "fp32") for name in dict.fromkeys(names))
 
 

@@ -19,7 +19,7 @@ from typing import Any, Protocol, Self, runtime_checkable
 
 from gptjet.benchmarks.config import LevelName
 from gptjet.benchmarks.environment import without_paths
-from gptjet.benchmarks.peers.environments import ROOT, PeerError, converted, find_peer
+from gptjet.benchmarks.peers.environments import ROOT, PeerError, converted, find_peer, quantized
 from gptjet.benchmarks.peers.worker import peak_memory_bytes
 from gptjet.benchmarks.server_process import (
     DTYPES,
@@ -104,11 +104,13 @@ def start(
     library, _, backend = name.partition(":")
     if library == SERVER:
         level = _level(name, backend, weight_type)
+        model = quantized(model, weight_type, root)
         with _our_server(level, model, threads, kv_cache_tokens) as ours:
             yield ours
         return
     if library == ENGINE:
         level = _level(name, backend, weight_type)
+        model = quantized(model, weight_type, root)
         command = [sys.executable, "-m", _OFFLINE_WORKER, f"--backend={level.backend}"]
         command += [f"--model={model.absolute()}", f"--threads={threads}"]
         command += [f"--dtype={DTYPES.get(weight_type, weight_type)}"]

@@ -50,6 +50,9 @@ class Peer:
         return path
 
 
+_BITS = {"int8": "8", "int4": "4"}
+
+
 def _convert_ctranslate2(binaries: Path, model: Path, target: Path, weight_type: str) -> list[str]:
     quantization = {"fp32": "float32", "int8": "int8", "bf16": "bfloat16"}[weight_type]
     command = [str(binaries / "ct2-transformers-converter"), "--model", str(model)]
@@ -119,17 +122,44 @@ def converted(peer: Peer, model: Path, weight_type: str, root: Path = ROOT) -> P
     """
     if weight_type not in peer.weight_types:
         raise PeerError(f"{peer.name} has {', '.join(peer.weight_types)}, not {weight_type}")
-    if peer.convert is None:
+    convert = peer.convert
+    if convert is None:
         return model
-    target = root / "models" / f"{model.resolve().name}-{peer.name}-{weight_type}"
+    binaries = peer.python(root).parent
+    target = _target(model, peer.name, weight_type, root)
+    return _made(target, model, lambda to: convert(binaries, model, to, weight_type))
+
+
+def quantized(model: Path, weight_type: str, root: Path = ROOT) -> Path:
+    """The checkpoint as `gptjet quantize` writes it, for a quantised weight type; else `model`.
+
+    The peers' copies are made beforehand too: a server that rounds while it loads has all of the
+    float weights pass through its memory. Rounded to nearest, as the peers' are. Raises PeerError.
+    """
+    if weight_type not in _BITS:
+        return model
+    command = [sys.executable, "-m", "gptjet.service.cli", "quantize", str(model)]
+    flags = ["--bits", _BITS[weight_type], "--method", "rtn", "--no-evaluate"]
+    target = _target(model, "gptjet", weight_type, root)
+    return _made(target, model, lambda to: [*command, str(to), *flags])
+
+
+def _target(model: Path, name: str, weight_type: str, root: Path) -> Path:
+    return root / "models" / f"{model.resolve().name}-{name}-{weight_type}"
+
+
+def _made(target: Path, model: Path, command: Callable[[Path], list[str]]) -> Path:
+    """`target`, by the command that writes it to another folder, unless it is newer than `model`.
+
+    Under another name until it is whole: a conversion that was killed is not taken for one.
+    """
     if _is_newer(target, model):
         return target
     shutil.rmtree(target, ignore_errors=True)
     target.parent.mkdir(parents=True, exist_ok=True)
-    # Under another name until it is whole: a conversion that was killed is not taken for one.
     partial = target.with_name(target.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    _call(peer.convert(peer.python(root).parent, model, partial, weight_type))
+    _call(command(partial))
     _fill_missing_tokens(partial / "config.json")
     partial.rename(target)
     return target

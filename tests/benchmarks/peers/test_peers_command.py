@@ -12,8 +12,9 @@ import pytest
 
 from gptjet.benchmarks.peers.__main__ import main
 from gptjet.benchmarks.peers.contestants import StreamsContestant, start
-from gptjet.benchmarks.peers.environments import PeerError, converted, find_peer
+from gptjet.benchmarks.peers.environments import PeerError, converted, find_peer, quantized
 from gptjet.benchmarks.results import read_records
+from gptjet.service.embedded import embedded_path
 
 
 def test_transformers_and_our_server_give_the_same_greedy_tokens(
@@ -149,3 +150,14 @@ def test_what_cannot_be_compared_is_said_in_one_line(
 def test_a_weight_type_that_the_peer_does_not_have_is_refused(tmp_path: Path) -> None:
     with pytest.raises(PeerError, match="openvino has fp32, int8, not bf16"):
         converted(find_peer("openvino"), tmp_path, "bf16", tmp_path)
+
+
+def test_ours_reads_a_copy_quantised_beforehand_as_the_peers_do(tmp_path: Path) -> None:
+    model = embedded_path()
+    assert quantized(model, "fp32", tmp_path) == model
+    folder = quantized(model, "int8", tmp_path)
+    written = (folder / "model.safetensors").stat().st_mtime_ns
+    recipe = json.loads((folder / "config.json").read_text())["quantization_config"]
+    assert (recipe["quant_method"], recipe["bits"], recipe["method"]) == ("gptjet", 8, "rtn")
+    assert quantized(model, "int8", tmp_path) == folder
+    assert (folder / "model.safetensors").stat().st_mtime_ns == written
