@@ -72,6 +72,7 @@ class CpuModel:
         first = next(remaining, None)
         weights = [head.lm_head, *([first.w_in, first.w_out] if first is not None else [])]
         half = any(not isinstance(weight, DenseWeight) for weight in weights)
+        del weights  # else the first layer stays until the last one is packed
         sizes = native.Geometry(
             geometry.num_layers,
             geometry.hidden_size,
