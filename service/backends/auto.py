@@ -8,7 +8,7 @@ import os
 from typing import TYPE_CHECKING
 
 from gptjet.service.backends import parity
-from gptjet.service.backends.device import choose_device
+from gptjet.service.backends.device import choose_device, give_back
 from gptjet.service.backends.factory import BACKENDS, LoadedModel
 from gptjet.service.engine.backend import ParityStatus, ParityVerdict
 from gptjet.service.engine.errors import BackendLoadError
@@ -50,6 +50,8 @@ def load(options: LoadOptions) -> LoadedModel:
             refusals.append(f"{name}: {error}")
         else:
             return _tell(loaded, name, refusals, verdict)
+        # Here and not above: until its `except` ends, an error holds what the loader held.
+        give_back(device)
     if len(set(refusals)) == 1:
         raise BackendLoadError(refusals[0])
     raise BackendLoadError(f"no backend serves {options.model}: {'; '.join(refusals)}")
@@ -72,7 +74,8 @@ def _tell(
     """
     reasons = "".join(f"; not {refusal}" for refusal in refusals)
     choice = f"auto chose {name}{reasons}"
-    logger.info("%s", choice)
+    # The default fell short of what the machine was asked for: somebody should see why.
+    logger.log(logging.INFO if not refusals else logging.WARNING, "%s", choice)
     own = loaded.backend.spec.parity
     verdict = failed if failed is not None and own.status is ParityStatus.NOT_RUN else own
     detail = "; ".join(part for part in (choice, own.detail) if part)

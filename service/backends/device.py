@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import re
 
 import torch
@@ -99,6 +100,13 @@ def choose_weight_type(name: str, device: torch.device, stored: str | None = Non
 def dtype_name(dtype: torch.dtype) -> str:
     """`torch.float16` as "float16"."""
     return str(dtype).removeprefix("torch.")
+
+
+def give_back(device: torch.device) -> None:
+    """Return what a model that is gone has held to the device, where others can see it is free."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def free_bytes(device: torch.device) -> int:

@@ -172,6 +172,8 @@ class AsyncEngine:
         it has left the engine.
         """
         self._refusal = "the server is draining: it takes no new requests"
+        if self._idle.is_set():
+            return True
         try:
             await asyncio.wait_for(self._idle.wait(), grace_s)
         except TimeoutError:
@@ -233,12 +235,22 @@ class AsyncEngine:
     def _run(self, warmed_up: asyncio.Future[None]) -> None:
         loop = self._loop
         assert loop is not None
+
+        def tell(error: Exception | None) -> None:
+            if warmed_up.done():  # `start` was cancelled
+                return
+            if error is None:
+                warmed_up.set_result(None)
+            else:
+                warmed_up.set_exception(error)
+
         try:
             self._engine.backend.warm_up()
         except Exception as error:  # noqa: BLE001 - handed to `start`, which raises it
-            loop.call_soon_threadsafe(warmed_up.set_exception, error)
+            self._engine.backend.close()
+            loop.call_soon_threadsafe(tell, error)
             return
-        loop.call_soon_threadsafe(warmed_up.set_result, None)
+        loop.call_soon_threadsafe(tell, None)
         while self._take_commands():
             self._publish(self._step())
         self._engine.backend.close()

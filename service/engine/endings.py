@@ -29,6 +29,18 @@ logger = logging.getLogger(__name__)
 _NS_PER_MS = 1e6
 
 
+def rest_of(sequence: Sequence) -> str:
+    """The text that was held back, of a sequence that is aborted.
+
+    Empty where the tokenizer raises, as it may have done before: an abort must not fail.
+    """
+    try:
+        return sequence.detokenizer.flush()
+    except Exception:
+        logger.exception("the end of sequence %d cannot be decoded", sequence.sequence_id)
+        return ""
+
+
 def summarize(request: Request, sequences: Seq[Sequence], *, can_verify: bool) -> RequestSummary:
     """The end of a request whose sequences have all ended.
 

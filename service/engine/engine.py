@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, TypeAlias
 from gptjet.service.engine.backend import Backend, Phase, ScheduledBatch
 from gptjet.service.engine.config import EngineConfig
 from gptjet.service.engine.detokenizer import Detokenizer
-from gptjet.service.engine.endings import log_failure, summarize
+from gptjet.service.engine.endings import log_failure, rest_of, summarize
 from gptjet.service.engine.errors import (
     FieldViolation,
     InvalidRequestError,
@@ -271,6 +271,19 @@ class Engine:
         logits = result.logits
         if rows != list(range(len(logits))):
             logits = logits[rows]
+        try:
+            self._start(sequences, logits, outputs)
+        except Exception as error:  # noqa: BLE001 - as in `step`, for sequences that are not in the
+            # batch too: those that have just been forked off one of it.
+            outputs += self.fail(tuple(sequences), error)
+
+    def _start(
+        self,
+        sequences: list[Sequence],
+        logits: torch.Tensor,
+        outputs: list[tuple[int, RequestOutput]],
+    ) -> None:
+        """Sample what follows the prompts, which are computed."""
         sampled, failures = self._sample(logits, sequences)
         for sequence, token_id, logprob in sampled:
             if sequence.request.sampling_params.echo and not sequence.output_token_ids:
@@ -440,8 +453,7 @@ class Engine:
         for sequence in sequences:
             if sequence.status is not SequenceStatus.FINISHED:
                 sequence.finish_reason = reason
-                text = sequence.detokenizer.flush()
-                outputs.append(self._report(sequence, text, error=error))
+                outputs.append(self._report(sequence, rest_of(sequence), error=error))
         return outputs
 
     def _expire_deadlines(self) -> list[tuple[int, RequestOutput]]:

@@ -157,7 +157,8 @@ class Scheduler:
             self._job_ids.remove(job_id)
             if computed:
                 self.block_manager.commit(job_id, computed)
-            self.block_manager.free(job_id, forget=forget)
+        # One that waits holds no blocks, but the keys that it looked for.
+        self.block_manager.free(job_id, forget=forget)
 
     @property
     def _has_slot(self) -> bool:

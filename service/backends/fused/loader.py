@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import gc
 import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -12,7 +11,12 @@ import torch
 
 from gptjet.kernels.batch import BlockGeometry
 from gptjet.service.backends import huggingface, layerwise, parity
-from gptjet.service.backends.device import choose_device, choose_weight_type, free_bytes
+from gptjet.service.backends.device import (
+    choose_device,
+    choose_weight_type,
+    free_bytes,
+    give_back,
+)
 from gptjet.service.backends.factory import LoadedModel
 from gptjet.service.backends.fused import proof
 from gptjet.service.backends.fused.backend import FusedBackend
@@ -198,7 +202,7 @@ def _record(plan: _Plan) -> dict[str, list[parity.Trace]]:
         references["weights"] = proof.record_reference(
             values, plan.prompts, plan.geometry, plan.device
         )
-    gc.collect()
+    give_back(plan.device)
     return references
 
 
@@ -276,7 +280,7 @@ def _serve(
 
 
 def _fall_back(options: LoadOptions, plan: _Plan, verdict: ParityVerdict) -> LoadedModel:
-    gc.collect()
+    give_back(plan.device)
     if options.strict_parity:
         raise parity.ParityFailedError(
             f"parity with transformers failed and --strict-parity is on: {verdict.detail}", verdict

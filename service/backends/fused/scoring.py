@@ -35,7 +35,7 @@ def score(
     for piece in _pieces(whole, max_tokens):
         if first_row is not None:
             yield
-        first_row = runner.run_pass([piece])
+        first_row = runner.run([piece])
     if first_row is None:
         raise RuntimeError("a prompt without a piece of work")
     partial = len(prompt) // BLOCK_SIZE
@@ -52,7 +52,7 @@ def score(
     work = _passes([segments[index] for index in owners], owners, max_tokens, runner.max_segments)
     for segments_now, owners_now in work:
         yield
-        rows = runner.run_pass(segments_now)
+        rows = runner.run(segments_now)
         targets = [
             token
             for segment, owner in zip(segments_now, owners_now, strict=True)

@@ -199,15 +199,27 @@ async def test_drain_cancels_what_outlives_the_grace_period(start: Any) -> None:
 
 
 class BrokenWarmUp(MockBackend):
+    closed = False
+
     def warm_up(self) -> None:
         raise RuntimeError("no kernels for this card")
 
+    def close(self) -> None:
+        self.closed = True
+
 
 async def test_start_raises_what_warm_up_raises() -> None:
-    engine = AsyncEngine(BrokenWarmUp(), ByteTokenizer())
+    backend = BrokenWarmUp()
+    engine = AsyncEngine(backend, ByteTokenizer())
     with pytest.raises(RuntimeError, match="no kernels"):
         await engine.start()
     await engine.stop()
+    assert backend.closed
+
+
+async def test_drain_without_grace_is_true_of_an_idle_engine(start: Any) -> None:
+    engine = await start()
+    assert await engine.drain(0.0)
 
 
 async def test_a_bug_in_the_engine_leaves_nobody_waiting(

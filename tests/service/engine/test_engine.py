@@ -7,6 +7,7 @@ the next one (`Z` -> end-of-text, id 256), after anything else `a`.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence as Seq
 from typing import Any
 
 import pytest
@@ -273,6 +274,30 @@ def test_nan_logits_fail_their_own_row_only() -> None:
     assert text_of(outputs[good]) == "bcde"
     assert outputs[bad][-1].finish_reason is FinishReason.ERROR
     assert text_of(outputs[bad]) == "a"  # of the prefill, which was sound
+
+
+class ForgetfulTokenizer(ByteTokenizer):
+    """Raises for the id of "x", as some do for ids beyond their vocabulary."""
+
+    def decode(self, token_ids: Seq[int]) -> str:
+        if ord("x") in token_ids:
+            raise ValueError("unknown id")
+        return super().decode(token_ids)
+
+    def token_bytes(self, token_id: int) -> None:  # type: ignore[override]
+        """Not byte-level: a few ids are decoded together."""
+
+
+def test_a_tokenizer_that_raises_ends_its_request_and_loses_no_neighbours_end() -> None:
+    engine = Engine(MockBackend(), ForgetfulTokenizer(), EngineConfig())
+    good, bad = add(engine, "a", max_new_tokens=2), add(engine, "v", max_new_tokens=9)
+    also_bad = add(engine, "u", max_new_tokens=9)
+    outputs = run(engine)
+    assert text_of(outputs[good]) == "bc"
+    assert outputs[good][-1].summary is not None
+    for key in (bad, also_bad):
+        assert outputs[key][-1].finish_reason is FinishReason.ERROR
+        assert outputs[key][-1].summary is not None
 
 
 class UnreleasableBackend(MockBackend):

@@ -205,3 +205,18 @@ def test_random_scores_and_streams_under_tight_memory_are_all_right(seed: int) -
         )
     manager = engine.scheduler.block_manager
     assert manager.num_free_blocks == manager.num_blocks
+
+
+def test_a_score_that_waits_and_is_cancelled_leaves_nothing_behind() -> None:
+    engine = make_engine(Jobs(num_kv_blocks=8))
+    stream = new_request(tuple(b"a" * 20), SamplingParams(max_new_tokens=8))
+    engine.add(stream)
+    engine.step()
+    outcomes: list[ScoreOutcome] = []
+    request = new_score_request(tuple(b"p" * 16), ((99,),))
+    key = engine.add_score(request, outcomes.append)
+    engine.step()
+    engine.cancel(key)
+    assert len(outcomes) == 1
+    run(engine)
+    assert engine.scheduler.block_manager._keys == {}

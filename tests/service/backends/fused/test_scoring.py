@@ -53,6 +53,21 @@ def random_tokens(length: int, seed: int) -> list[int]:
     return tokens
 
 
+def test_a_backend_of_one_token_a_pass_scores_too(
+    computer: str,
+    make_gptj_checkpoint: Callable[..., Path],
+    load_fused: Callable[..., Any],
+    reference_of: Callable[..., Any],
+) -> None:
+    folder = make_gptj_checkpoint(n_positions=96)
+    backend = load_fused(folder, deterministic=computer == "torch").backend
+    prompt, candidates = random_tokens(20, 1), [random_tokens(n, 2) for n in (1, 2, 20)]
+    _, scores = finish(backend.score(job_of(prompt, candidates)))
+    for found, candidate in zip(scores, candidates, strict=True):
+        expected = reference_of(folder).logprobs(prompt, candidate)
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+
+
 @pytest.mark.parametrize("length", [1, 15, 16, 17, 32, 45])
 def test_candidates_have_the_logprobs_of_transformers(
     length: int,
