@@ -7,6 +7,7 @@ XDG_CACHE_HOME      the library is kept in its folder gptjet/, by default in ~/.
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import os
 import platform
@@ -109,7 +110,10 @@ def _writable_folder(name: str) -> Path:
             return folder
     except (OSError, RuntimeError):  # RuntimeError: no home folder can be found
         # A folder of our own: a shared one with a foreseeable name would let others plant a file.
-        return Path(tempfile.mkdtemp(prefix="gptjet-"))
+        # Nobody finds it again, so it goes with the process; a mapped library outlives its file.
+        own = Path(tempfile.mkdtemp(prefix="gptjet-"))
+        atexit.register(shutil.rmtree, own, ignore_errors=True)
+        return own
 
 
 def _fingerprint(command: list[str]) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+# What the CPU kernels take (kernels.cpu.model.MAX_THREADS); a decode step gains nothing from more.
+_MAX_THREADS = 256
 _CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -25,7 +27,7 @@ def choose_cpu_threads(setting: int | None = None, cgroup: Path = _CGROUP) -> in
     except AttributeError:  # not Linux
         cores = os.cpu_count() or 1
     quota = _quota(cgroup / "cpu.max")
-    return max(1, cores if quota is None else min(cores, int(quota)))
+    return max(1, min(cores, _MAX_THREADS, cores if quota is None else int(quota)))
 
 
 def _quota(path: Path) -> float | None:

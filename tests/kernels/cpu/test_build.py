@@ -144,6 +144,25 @@ def test_a_cache_that_cannot_be_written_is_replaced_by_a_folder_of_our_own(
     shutil.rmtree(path.parent)
 
 
+def test_a_folder_of_our_own_goes_with_the_process(tmp_path: Path) -> None:
+    (tmp_path / "cache").write_text("not a folder", encoding="utf-8")
+    (tmp_path / "temporary").mkdir()
+    script = (
+        "from pathlib import Path; from gptjet.kernels.cpu import native_library;"
+        "print(Path(native_library().path).exists())"
+    )
+    places = {"XDG_CACHE_HOME": str(tmp_path / "cache"), "TMPDIR": str(tmp_path / "temporary")}
+    result = subprocess.run(
+        [sys.executable, "-c", script],
+        env=os.environ | places,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert result.stdout == "True\n"
+    assert list((tmp_path / "temporary").iterdir()) == []
+
+
 def test_processes_that_start_at_once_do_not_load_half_a_library(tmp_path: Path) -> None:
     script = "from gptjet.kernels.cpu import native_library; print(native_library().path.name)"
     environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path)}

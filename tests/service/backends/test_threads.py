@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from gptjet.kernels.cpu.model import MAX_THREADS
 from gptjet.service.backends.threads import choose_cpu_threads
 
 
@@ -49,3 +50,11 @@ def test_setting_wins_over_the_environment_and_that_over_the_machine(
     assert choose_cpu_threads(3, cgroup=tmp_path) == 3
     monkeypatch.setenv("OMP_NUM_THREADS", "4,2")  # of nested regions, which this has not
     assert choose_cpu_threads(cgroup=tmp_path) == 8
+
+
+def test_a_machine_of_more_cores_than_the_kernels_take_gives_as_many_as_they_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(384)), raising=False)
+    assert choose_cpu_threads(cgroup=tmp_path) == MAX_THREADS

@@ -522,3 +522,21 @@ def test_a_bad_row_after_a_wrong_guess_is_read_by_nobody() -> None:
     speculation = summary_of(outputs).speculation
     assert speculation is not None
     assert (speculation.drafted_tokens, speculation.accepted_tokens) == (3, 0)
+
+
+def test_an_error_after_the_prompt_fails_the_forks_of_it_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    engine = make_engine()
+
+    def broken(*_: Any) -> Any:
+        raise RuntimeError("the sampler broke")
+
+    key = add(engine, "abc", n=2, echo=True, max_new_tokens=3)
+    monkeypatch.setattr(engine, "_sample", broken)
+    outputs = dict.fromkeys((0, 1), None)
+    for found, output in engine.step():
+        assert found == key
+        outputs[output.index] = output.finish_reason
+    assert outputs == {0: FinishReason.ERROR, 1: FinishReason.ERROR}
+    assert_nothing_left(engine)
