@@ -83,7 +83,7 @@ def test_no_help_has_a_stray_backslash(name: str) -> None:
     subcommands = getattr(load_command(name), "commands", {})
     for path in ([name], *([name, each] for each in subcommands)):
         own, _, _ = run(*path, "--help").partition("$ gptjet")  # a shell continues lines with it
-        assert "\\" not in own, path
+        assert "\\" not in own.replace("$'\\n'", ""), path
 
 
 def test_root_help_shows_what_each_exit_code_means() -> None:
