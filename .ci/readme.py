@@ -115,7 +115,8 @@ def sentiment_figures(root: Path) -> str:
         f"({model['backend']}, {model['device']}, {model['dtype']}), template "
         f"{result['options']['template']} {result['options']['template_version']}, "
         f"{result['throughput']['rows_per_second']:.1f} rows/s with "
-        f"{result['options']['concurrency']} in flight, load average {environment['load_average'][0]:.1f} on "
+        f"{result['options']['concurrency']} in flight, "
+        f"load average {environment['load_average'][0]:.1f} on "
         f"{environment['cpu']['logical_cores']} cores: "
         f"`{files[-1].relative_to(root)}`.",
     ]
