@@ -249,7 +249,7 @@ async def test_a_server_that_fails_at_row_after_row_ends_the_run_and_not_the_row
         return await score(*arguments, **options)
 
     client.score = failing  # type: ignore[method-assign]
-    with pytest.raises(ServerGoneError, match="the server fails: 5 rows .* line 16: .*the GPU"):
+    with pytest.raises(ServerGoneError, match=r"the server fails: 5 rows .* line 16: .*the GPU"):
         await classify_file(classifier_of(client), spec)
     assert not spec.out.exists()
     client.score = score  # type: ignore[method-assign]
