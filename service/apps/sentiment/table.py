@@ -26,6 +26,9 @@ _UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 # A spreadsheet takes a cell that begins with one of these for a formula, in any width:
 # https://owasp.org/www-community/attacks/CSV_Injection
 _FORMULA_STARTS = frozenset("=+-@\t\r\uff1d\uff0b\uff0d\uff20")
+# A spreadsheet that splits at another character than we wrote takes what follows it for a cell's
+# start. Not ";-)": a formula goes on with a name, a number, a text or a bracket.
+_INNER_FORMULA = re.compile(r"((?:[;|]|(?<!^)\t)[ \r\n]*)(?=[=+@\-][ =+@\-]*[\w\"'(])")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 # A JSON line that is nested deeper is refused: what is read must be written and read again, with
 # the row around it, and Python's json module recurses.
@@ -259,7 +262,11 @@ class TableWriter:
 
 
 def spreadsheet_safe(cell: str) -> str:
-    """The cell as a spreadsheet shows it but does not calculate it: with ' before it if need be."""
+    """The cell as a spreadsheet shows it but does not calculate it: with ' before it if need be.
+
+    So too after a ; | or tab within it, where another separator may be looked for.
+    """
+    cell = _INNER_FORMULA.sub(r"\1'", cell)
     start = cell.lstrip(" \n")[:1]
     is_formula = start in _FORMULA_STARTS and start != "" and not _NUMBER.fullmatch(cell.strip())
     return f"'{cell}" if is_formula else cell

@@ -162,3 +162,17 @@ def test_numbers_and_missing_values_are_written_for_people() -> None:
     file = io.StringIO(newline="")
     TableWriter(file, TableFormat.CSV, ["p", "none", "list"]).write({"p": 0.25, "list": [1, "a"]})
     assert list(csv.reader(io.StringIO(file.getvalue())))[1] == ["0.25", "", json.dumps([1, "a"])]
+
+
+@pytest.mark.parametrize(
+    ("cell", "safe"),
+    [
+        ("a;=1+1", "a;'=1+1"),
+        ("a | @SUM(A1)", "a | '@SUM(A1)"),
+        ("a\t+cmd|-2", "a\t'+cmd|'-2"),
+        ("fine ;-) and ;=", "fine ;-) and ;="),
+        ("a; b - c", "a; b - c"),
+    ],
+)
+def test_a_formula_after_another_separator_within_a_cell_is_made_text(cell: str, safe: str) -> None:
+    assert spreadsheet_safe(cell) == safe
