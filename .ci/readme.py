@@ -101,6 +101,7 @@ def sentiment_figures(root: Path) -> str:
     for title, scores in compared.items():
         lines.append(f"| {title} | {scores['macro_f1']:.3f} | {scores['accuracy']:.3f} |")
     gain, model = vader["macro_f1_advantage"], result["model"]
+    environment = result["environment"]
     lines += [
         "",
         f"Macro-F1 above VADER's by {gain['difference']:.3f} (95% interval {gain['low']:.3f} to "
@@ -110,11 +111,13 @@ def sentiment_figures(root: Path) -> str:
         f"{result['explanations']['name_missing_words']:.1%} name a word that the text does not "
         f"have, which the app says instead of quoting it.",
         "",
-        f"Measured {result['environment']['recorded_at'][:10]}, model `{model['name']}` "
+        f"Measured {environment['recorded_at'][:10]}, model `{model['name']}` "
         f"({model['backend']}, {model['device']}, {model['dtype']}), template "
         f"{result['options']['template']} {result['options']['template_version']}, "
         f"{result['throughput']['rows_per_second']:.1f} rows/s with "
-        f"{result['options']['concurrency']} in flight on a machine that did other work: "
+        f"{result['options']['concurrency']} in flight, "
+        f"load average {environment['load_average'][0]:.1f} on "
+        f"{environment['cpu']['logical_cores']} cores: "
         f"`{files[-1].relative_to(root)}`.",
     ]
     return "\n".join(lines) + "\n"

@@ -12,11 +12,11 @@ from gptjet.service.commands.terminal import ExitCode, fail
 if TYPE_CHECKING:
     from gptjet.service.doctor import Check
 
-HELP = r"""Say whether this machine can run each backend, and how to mend what is in the way.
+HELP = """Say whether this machine can run each backend, and how to mend what is in the way.
 
-Nothing is downloaded or compiled. With --model the checkpoint is loaded into the backend (of auto:
-\ the first that takes it) and compared with transformers on this machine; the exit code is 1 where
-\ it differs, or where nothing was compared.
+Nothing is downloaded or compiled. With --model the checkpoint is loaded into the backend \
+(of auto: the first that takes it) and compared with transformers on this machine; the exit code \
+is 1 where it differs, or where nothing was compared.
 """
 
 EXAMPLES = """Examples:

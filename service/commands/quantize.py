@@ -15,12 +15,12 @@ from gptjet.service.commands.terminal import ExitCode, fail, print_note
 if TYPE_CHECKING:
     from gptjet.service.quantization.run import QuantizeReport
 
-HELP = r"""Write a checkpoint's weights as INT8 or INT4, and print perplexity before and after.
+HELP = """Write a checkpoint's weights as INT8 or INT4, and print perplexity before and after.
 
-MODEL is "embedded", a folder or a hub name of a GPT-J or CodeGen checkpoint; OUTPUT becomes a
-\ folder that `gptjet serve --model OUTPUT --backend fused` loads. INT8 has one scale an output
-\ feature, rounded to nearest. INT4 has one for 128 input features and is rounded by GPTQ against
-\ text that the checkpoint writes itself, or --calibration.
+MODEL is "embedded", a folder or a hub name of a GPT-J or CodeGen checkpoint; OUTPUT becomes a \
+folder that `gptjet serve --model OUTPUT --backend fused` loads. INT8 has one scale an output \
+feature, rounded to nearest. INT4 has one for 128 input features and is rounded by GPTQ against \
+text that the checkpoint writes itself, or --calibration.
 """
 
 EXAMPLES = """Examples:
@@ -89,19 +89,34 @@ def quantize(
         force=force,
         allow_pickle=allow_pickle,
     )
+    before = _identity(output)
     try:
         with _Bars() as bars:
             report = run(options, bars.stage)
     except BackendLoadError as error:
-        fail(str(error), ExitCode.USAGE)
+        written = _identity(output) != before
+        fail(
+            f"{error}; {output} was written before that" if written else str(error), ExitCode.USAGE
+        )
     except KeyboardInterrupt:
-        fail("interrupted: nothing was written", ExitCode.INTERRUPTED)
+        written = _identity(output) != before
+        what = f"{output} was written before that" if written else "nothing was written"
+        fail(f"interrupted: {what}", ExitCode.INTERRUPTED)
     if calibration is not None and text is not None and calibration.resolve() == text.resolve():
         print_note("calibration and perplexity are of the same text: the delta flatters")
     if as_json:
         typer.echo(json.dumps(report.as_dict(), indent=2))
     else:
         typer.echo(_table(report))
+
+
+def _identity(folder: Path) -> tuple[int, int] | None:
+    """Another one once a new folder has taken the name; None where there is none."""
+    try:
+        found = folder.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 class _Bars:

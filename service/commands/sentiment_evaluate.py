@@ -112,12 +112,17 @@ def command(
     from gptjet.service.apps.sentiment.plot import PlotError, check_plot, draw_evaluation
 
     template = asked.load_template()
+    for flag, path in (("--out", out), ("--plot", plot)):
+        if path is not None:
+            _check_can_be_made(flag, path)
     try:
         decide = _vader(template) if vader else None
         if plot is not None:
             check_plot(plot)
         main = _evaluate(template, asked, rows, concurrency, decide, connection, settings)
         report = run(main, connection)
+        # First of all: what took so long to measure is not lost where a file cannot be written.
+        typer.echo(json.dumps(report, ensure_ascii=False) if as_json else _table(report))
         if out is not None:
             _write_json(out, report)
         if plot is not None:
@@ -128,7 +133,14 @@ def command(
         fail(str(error), ExitCode.UNREACHABLE)
     except OSError as error:
         fail(f"{error.filename}: {error.strerror}", ExitCode.USAGE)
-    typer.echo(json.dumps(report, ensure_ascii=False) if as_json else _table(report))
+
+
+def _check_can_be_made(flag: str, path: Path) -> None:
+    """Ends the command where no file can have this path."""
+    if not path.parent.is_dir():
+        fail(f"{flag}: there is no folder {path.parent}", ExitCode.USAGE)
+    if path.is_dir():
+        fail(f"{flag}: {path} is a folder", ExitCode.USAGE)
 
 
 async def _evaluate(

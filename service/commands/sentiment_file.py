@@ -136,6 +136,8 @@ def classify_rows(
         print_note(f"interrupted; {kept}")
         raise
     _report(spec, summary, time.monotonic() - started, as_json=as_json)
+    if summary.rows and len(summary.errors) == summary.rows:
+        raise typer.Exit(ExitCode.FAILURE)
 
 
 async def _classify_rows(

@@ -11,7 +11,7 @@ import typer
 
 
 class ExitCode(enum.IntEnum):
-    """What the exit code of every `gptjet` command means; the help text shows this table."""
+    """What the exit code of every `gptjet` command means; `gptjet --help` shows this table."""
 
     OK = 0
     FAILURE = 1

@@ -110,7 +110,11 @@ class QuantizeReport:
 
 
 def quantize(options: QuantizeOptions, stage: Stage) -> QuantizeReport:
-    """Do it. Raises BackendLoadError in one line, and then `options.output` is what it was."""
+    """Do it. Raises BackendLoadError in one line.
+
+    `options.output` is what it was until the new folder is whole; what fails or interrupts the
+    perplexity after that leaves the new one.
+    """
     method = options.method or ("gptq" if options.bits == 4 else "rtn")
     if options.bits not in (4, 8):
         raise BackendLoadError(f"bits must be 4 or 8, got {options.bits}")
@@ -141,7 +145,10 @@ def quantize(options: QuantizeOptions, stage: Stage) -> QuantizeReport:
         ids = _documents(calibration_text, tokenizer, options.calibration_tokens)
         calibration = _calibration_from(calibration_text, ids, weights.geometry)
     on_layer = stage(f"rounding to INT{options.bits}", weights.geometry.num_layers + 1)
-    with new_folder(options.output) as folder:
+    with new_folder(
+        options.output,
+        check=lambda: check_output(checkpoint, options.output, force=options.force),
+    ) as folder:
         recipe = write_quantized(
             checkpoint,
             weights,

@@ -7,10 +7,11 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from gptjet.service.engine.errors import BackendLoadError
@@ -93,7 +94,10 @@ class CheckpointWriter:
             return
         path = self._folder / f"shard-{len(self._shards)}"
         metadata = {"format": "pt", recipes.METADATA_KEY: json.dumps(self._recipe.as_dict())}
-        save_file(self._pending, path, metadata=metadata)
+        try:
+            save_file(self._pending, path, metadata=metadata)
+        except SafetensorError as error:  # what safetensors makes of a full disk, too
+            raise OSError(str(error)) from error
         self._shards.append((path, list(self._pending)))
         self._pending, self._pending_bytes = {}, 0
 
@@ -113,8 +117,13 @@ def check_output(checkpoint: Checkpoint, output: Path, *, force: bool) -> None:
 
     `force` replaces what an earlier run wrote, and nothing else: no source, no other folder.
     """
-    if output.resolve() == checkpoint.path.resolve():
+    source, target = checkpoint.path.resolve(), output.resolve()
+    if source == target:
         raise BackendLoadError(f"{output} is the checkpoint itself: give another folder")
+    if source.is_relative_to(target):
+        raise BackendLoadError(
+            f"{output} holds the checkpoint {checkpoint.path}: give another folder"
+        )
     if not output.exists() and not output.is_symlink():
         return
     if not output.is_dir():
@@ -130,10 +139,11 @@ def check_output(checkpoint: Checkpoint, output: Path, *, force: bool) -> None:
 
 
 @contextlib.contextmanager
-def new_folder(output: Path) -> Iterator[Path]:
+def new_folder(output: Path, *, check: Callable[[], None]) -> Iterator[Path]:
     """A temporary folder beside `output`, which takes its name once the block is through.
 
-    Whatever ends the block earlier, the temporary folder goes and `output` stays what it was.
+    `check` is called right before that, and refuses by raising what has come to lie at `output`
+    meanwhile. Whatever ends it earlier, the temporary folder goes and `output` stays what it was.
     Raises BackendLoadError where the folder cannot be made.
     """
     try:
@@ -141,22 +151,39 @@ def new_folder(output: Path) -> Iterator[Path]:
         temporary = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
     except OSError as error:
         raise BackendLoadError(f"{output} cannot be written: {error.strerror or error}") from error
+    old = temporary / "old"
     try:
         content = temporary / "new"
         content.mkdir()  # with the permissions that a new folder gets, which mkdtemp's has not
         yield content
-        if output.exists():
-            output.rename(temporary / "old")
-        try:
-            content.rename(output)
-        except OSError:
-            with contextlib.suppress(FileNotFoundError):
-                (temporary / "old").rename(output)
-            raise
+        check()
+        _swap(content, output, old)
     except OSError as error:
-        raise BackendLoadError(f"{output} cannot be written: {error.strerror or error}") from error
+        kept = f"; what it held is in {old}" if _is_homeless(old, output) else ""
+        raise BackendLoadError(
+            f"{output} cannot be written: {error.strerror or error}{kept}"
+        ) from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        # A second interrupt can end the restoring; then the only copy lies in there.
+        if not _is_homeless(old, output):
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _swap(content: Path, output: Path, old: Path) -> None:
+    """Give `content` the name of `output`, which becomes `old`; or leave `output` what it was."""
+    try:
+        if output.exists():
+            output.rename(old)
+        content.rename(output)
+    except BaseException:  # Ctrl-C between the two, as well
+        if _is_homeless(old, output):
+            old.rename(output)
+        raise
+
+
+def _is_homeless(old: Path, output: Path) -> bool:
+    """Whether what was `output` lies at `old` only."""
+    return os.path.lexists(old) and not os.path.lexists(output)
 
 
 def _is_ours(folder: Path) -> bool:

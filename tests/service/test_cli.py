@@ -77,6 +77,15 @@ def test_every_flag_of_a_command_is_described(name: str) -> None:
             assert parameter.help, f"{command.name} {parameter.name}"
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_no_help_has_a_stray_backslash(name: str) -> None:
+    """One is left where a line is continued in a raw string."""
+    subcommands = getattr(load_command(name), "commands", {})
+    for path in ([name], *([name, each] for each in subcommands)):
+        own, _, _ = run(*path, "--help").partition("$ gptjet")  # a shell continues lines with it
+        assert "\\" not in own.replace("$'\\n'", ""), path
+
+
 def test_root_help_shows_what_each_exit_code_means() -> None:
     shown = run("--help")
     assert set(EXIT_CODE_MEANINGS) == set(ExitCode)

@@ -19,8 +19,14 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from gptjet.service.apps.sentiment.classify import SentimentClassifier
-from gptjet.service.apps.sentiment.pipeline import ROW_ERRORS, classify_patiently, in_order
-from gptjet.service.apps.sentiment.result import SentimentResult
+from gptjet.service.apps.sentiment.pipeline import (
+    ROW_ERRORS,
+    SERVER_ERRORS,
+    ServerGoneError,
+    classify_patiently,
+    in_order,
+)
+from gptjet.service.apps.sentiment.result import SentimentResult, TextError
 from gptjet.service.apps.sentiment.table import (
     Row,
     Table,
@@ -32,6 +38,10 @@ from gptjet.service.apps.sentiment.table import (
 )
 
 _JOURNAL_VERSION = 1
+# What every journal begins with: the first key of its heading.
+_JOURNAL_START = b'{"journal"'
+# So many rows in a row that the server failed at: it is the server and not the rows.
+_FAILURES_IN_A_ROW = 5
 _JOURNAL_SUFFIX = ".part"
 _OWN_COLUMNS = ("label", "explanation", "uncertain_reason", "num_parts", "error")
 _CLASH_PREFIX = "sentiment_"
@@ -103,13 +113,36 @@ async def classify_file(
             entries = in_order(
                 table.rows, lambda row: _entry(classifier, row, spec.seed), spec.concurrency
             )
+            # Held back while the server fails: should the run end of it, these are made again.
+            held: list[dict[str, Any]] = []
+            failures = 0
             async with contextlib.aclosing(entries):
-                async for entry in entries:
-                    journal.append(entry)
-                    summary.add(entry)
-                    on_progress(summary.rows)
+                async for made in entries:
+                    held.append(made.entry)
+                    if made.server_failed:
+                        failures += 1
+                    elif made.server_failed is False:
+                        failures = 0
+                    if failures == _FAILURES_IN_A_ROW:
+                        raise ServerGoneError(
+                            f"the server fails: {failures} rows one after the other, the last on "
+                            f"line {made.entry['line']}: {made.entry['error']}"
+                        )
+                    if failures == 0:
+                        _keep(held, journal, summary, on_progress)
+            _keep(held, journal, summary, on_progress)
             _write(spec, out_format, table, classifier, journal)
     return summary
+
+
+def _keep(
+    held: list[dict[str, Any]], journal: _Journal, summary: BatchSummary, on_progress: OnProgress
+) -> None:
+    for entry in held:
+        journal.append(entry)
+        summary.add(entry)
+        on_progress(summary.rows)
+    held.clear()
 
 
 def count_rows(source: Path, column: str) -> int:
@@ -126,7 +159,9 @@ def journal_path(out: Path) -> Path:
 def columns_of(classifier: SentimentClassifier, taken: tuple[str, ...]) -> dict[str, str]:
     """Our columns, and what they are called beside those that the input has."""
     own = ("label", *(f"p_{label.name}" for label in classifier.template.labels), *_OWN_COLUMNS[1:])
-    prefix = _CLASH_PREFIX if set(own) & set(taken) else ""
+    prefix = ""
+    while not {prefix + name for name in own}.isdisjoint(taken):
+        prefix += _CLASH_PREFIX
     return {name: prefix + name for name in own}
 
 
@@ -147,6 +182,7 @@ async def _heading(classifier: SentimentClassifier, spec: BatchSpec) -> dict[str
     template = json.dumps(asdict(classifier.template), sort_keys=True, default=str)
     with spec.source.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
+    model = await classifier.model()
     return {
         "journal": _JOURNAL_VERSION,
         "input": digest,
@@ -154,19 +190,33 @@ async def _heading(classifier: SentimentClassifier, spec: BatchSpec) -> dict[str
         "template": hashlib.sha256(template.encode()).hexdigest(),
         "explain": classifier.options.explain,
         "seed": spec.seed,
-        "model": (await classifier.model()).name,
+        "model": model.name,
+        # Another number type or backend rounds otherwise: one file is made by one of them.
+        "dtype": model.dtype,
+        "backend": model.backend,
     }
 
 
-async def _entry(classifier: SentimentClassifier, row: Row, seed: int) -> dict[str, Any]:
-    """The journal's line for a row."""
+@dataclass(frozen=True, slots=True)
+class _Made:
+    """The journal's line for a row; whether the server failed at it, None if it was not asked."""
+
+    entry: dict[str, Any]
+    server_failed: bool | None
+
+
+async def _entry(classifier: SentimentClassifier, row: Row, seed: int) -> _Made:
     values: dict[str, Any] = {"label": None, "error": row.error}
+    server_failed: bool | None = None
     if row.error is None:
         try:
             values = result_values(await classify_patiently(classifier, row.text, seed=seed))
+            server_failed = False
         except ROW_ERRORS as error:
             values["error"] = str(error)
-    return {"line": row.line, "row": row.values, **values}
+            if not isinstance(error, TextError):
+                server_failed = isinstance(error, SERVER_ERRORS)
+    return _Made({"line": row.line, "row": row.values, **values}, server_failed)
 
 
 class _Journal:
@@ -186,6 +236,7 @@ class _Journal:
         self._file = self.path.open("a+b")
         try:
             self._lock()
+            self._check_is_ours()
             self._repair()
             if self._file.tell() == 0:
                 self.append(self._heading)
@@ -223,6 +274,28 @@ class _Journal:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise BatchError(f"another process is writing {self.path}") from None
+
+    def _check_is_ours(self) -> None:
+        """Somebody's download may have the same name: only a journal is ever cut.
+
+        Half a heading is what a run leaves that was killed as it began.
+        """
+        assert self._file is not None
+        self._file.seek(0)
+        start = self._file.read(len(_JOURNAL_START))
+        is_ours = _JOURNAL_START.startswith(start)
+        if is_ours and len(start) == len(_JOURNAL_START):
+            line = start + self._file.readline()
+            if line.endswith(b"\n"):
+                try:
+                    json.loads(line)
+                except ValueError:
+                    is_ours = False
+        if not is_ours:
+            raise BatchError(
+                f"{self.path} is no journal of a classified file; "
+                f"move it away, or give another --out"
+            )
 
     def _repair(self) -> None:
         """Cut off what is not a whole line of JSON: the end of a write that was cut short."""

@@ -19,7 +19,7 @@ from gptjet.service.apps.sentiment.result import (
 )
 from gptjet.service.apps.sentiment.split import split_to_fit
 from gptjet.service.apps.sentiment.template import UNCERTAIN, PromptTemplate, TemplateError
-from gptjet.service.client import AsyncClient, GenerationSummary, ModelInfo
+from gptjet.service.client import AsyncClient, CandidateScore, GenerationSummary, ModelInfo
 
 # Less room than this for the text of a part: the template does not suit the model.
 _LEAST_ROOM_TOKENS = 8
@@ -220,11 +220,7 @@ class SentimentClassifier:
             calibration_prompt=neutral,
             timeout_s=self.options.timeout_s,
         )
-        shares = [
-            max(score.logprob, _LEAST_LOGPROB)
-            - max(score.calibration_logprob or 0.0, _LEAST_LOGPROB)
-            for score in scored.scores
-        ]
+        shares = [_share(score) for score in scored.scores]
         tokens = max(1, scored.prompt_tokens - self._prompt_tokens)
         return _Part(text, tokens, _normalised(shares))
 
@@ -282,6 +278,16 @@ def pool(logprobs: Sequence[Sequence[float]], weights: Sequence[float]) -> tuple
         for index in range(len(logprobs[0]))
     ]
     return _normalised(means)
+
+
+def _share(score: CandidateScore) -> float:
+    """A label's log-probability, less that after the neutral text where it was asked for.
+
+    An impossible label stays one: as impossible after the neutral text, it would have share 0.
+    """
+    if score.logprob <= _LEAST_LOGPROB:
+        return _LEAST_LOGPROB
+    return score.logprob - max(score.calibration_logprob or 0.0, _LEAST_LOGPROB)
 
 
 def _normalised(logprobs: Sequence[float]) -> tuple[float, ...]:

@@ -20,6 +20,8 @@ from gptjet.service.client import (
 
 # What is wrong with one row, and no reason to stop the others.
 ROW_ERRORS = (TextError, InvalidRequestError, DeadlineExceededError, InternalError)
+# Of these, what may as well be the server's fault: many rows in a row are not to blame for it.
+SERVER_ERRORS = (DeadlineExceededError, InternalError)
 
 # Results that wait, finished, for an earlier one: this many for each that is in flight.
 _WINDOW = 4

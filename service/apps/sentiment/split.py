@@ -9,7 +9,14 @@ CountTokens = Callable[[str], Awaitable[int]]
 
 # A sentence ends after . ! ? or their kin, with closing quotes and brackets, before white space;
 # the full-width ones (Chinese, Japanese) need none. A blank line ends one whatever stands before.
-_END = re.compile(r"[.!?\u2026]+[\"'\u2019\u201d)\]\u00bb]*(?=\s)|[\u3002\uff01\uff1f]+|\n\s*\n")
+# No match begins within a run and none is tried again shorter: the time is linear in the text.
+_END = re.compile(
+    r"(?<![.!?\u2026])[.!?\u2026]++[\"'\u2019\u201d)\]\u00bb]*+(?=\s)"
+    r"|[\u3002\uff01\uff1f]++|\n\s*\n"
+)
+_SPACE = re.compile(r"\s*+")
+# Of a sentence's end, more than any abbreviation with its brackets.
+_LOOK_BACK_CHARS = 40
 _ABBREVIATION_LIST = """
 mr mrs ms dr prof st jr sr vs etc e.g i.e a.m p.m u.s u.k no vol fig inc ltd co dept est approx
 bzw z.b d.h u.a usw ca nr"""
@@ -24,25 +31,26 @@ def split_sentences(text: str) -> list[str]:
     sentences: list[str] = []
     start = 0
     for match in _END.finditer(text):
-        sentence = text[start : match.end()]
-        if match[0] == "." and _goes_on(sentence, text[match.end() :]):
+        if match[0] == "." and _goes_on(text, start, match.end()):
             continue
-        if sentence.strip():
-            sentences.append(sentence.strip())
+        sentence = text[start : match.end()].strip()
+        if sentence:
+            sentences.append(sentence)
         start = match.end()
     if text[start:].strip():
         sentences.append(text[start:].strip())
     return sentences
 
 
-def _goes_on(sentence: str, rest: str) -> bool:
-    last_word = sentence.split()[-1].rstrip(".").lstrip("(\"'").casefold()
-    following = rest.lstrip()
-    return (
-        last_word in _ABBREVIATIONS
-        or (len(last_word) == 1 and sentence[-2].isupper())
-        or (following[:1].islower() and "\n" not in rest[: len(rest) - len(following)])
-    )
+def _goes_on(text: str, start: int, end: int) -> bool:
+    """Whether the full stop before `end` ends no sentence; the sentence begins at `start`."""
+    tail = text[max(start, end - _LOOK_BACK_CHARS) : end]
+    last_word = tail.split()[-1].rstrip(".").lstrip("(\"'").casefold()
+    if last_word in _ABBREVIATIONS or (len(last_word) == 1 and tail[-2].isupper()):
+        return True
+    space = _SPACE.match(text, end)
+    assert space is not None  # it matches nothing, too
+    return text[space.end() : space.end() + 1].islower() and "\n" not in space[0]
 
 
 async def split_to_fit(text: str, room: int, count_tokens: CountTokens) -> list[str]:

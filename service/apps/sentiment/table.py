@@ -26,6 +26,13 @@ _UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 # A spreadsheet takes a cell that begins with one of these for a formula, in any width:
 # https://owasp.org/www-community/attacks/CSV_Injection
 _FORMULA_STARTS = frozenset("=+-@\t\r\uff1d\uff0b\uff0d\uff20")
+# A spreadsheet that splits at another character than we wrote takes what follows it for a cell's
+# start. Not ";-)": a formula goes on with a name, a number, a text or a bracket.
+_INNER_FORMULA = re.compile(r"((?:[;|]|(?<!^)\t)[ \r\n]*)(?=[=+@\-][ =+@\-]*[\w\"'(])")
+_SURROGATE = re.compile("[\ud800-\udfff]")
+# A JSON line that is nested deeper is refused: what is read must be written and read again, with
+# the row around it, and Python's json module recurses.
+_MAX_JSON_DEPTH = 100
 _NUMBER = re.compile(r"[+-]?(\d+([.,]\d*)?|[.,]\d+)([eE][+-]?\d+)?%?")
 
 
@@ -99,9 +106,15 @@ def _read_separated(lines: TextIO, column: str, table_format: TableFormat, name:
         header = next(reader, [])
     except csv.Error as error:
         raise TableError(f"{name}: line 1: not a header: {error}") from None
-    columns = tuple(_shown(cell) for cell in header)
+    columns = tuple(header)
     if not columns:
         raise TableError(f"{name}: has no header line")
+    for number, cell in enumerate(columns, start=1):
+        if not _is_utf8(cell):
+            raise TableError(
+                f"{name}: line 1: the name of column {number}, {_shown(cell)!r}, is not UTF-8; "
+                f"save the file as UTF-8"
+            )
     twice = next((cell for cell in columns if columns.count(cell) > 1), None)
     if twice is not None:
         raise TableError(f"{name}: line 1: two columns are named {twice!r}")
@@ -128,7 +141,7 @@ def _separated_rows(reader: Any, column: str, columns: Sequence[str]) -> Iterato
         if len(cells) != len(columns):
             yield Row(line, values, error=f"has {len(cells)} cells, the header {len(columns)}")
         else:
-            yield _row(line, values, cells[columns.index(column)])
+            yield _row(line, values, dict(zip(columns, cells, strict=True)), column)
 
 
 def _read_json_lines(lines: TextIO, column: str, name: str) -> Table:
@@ -152,34 +165,58 @@ def _json_rows(lines: TextIO, column: str) -> Iterator[Row]:
             continue
         try:
             value = json.loads(_shown(line))
+            raw = value if _is_utf8(line) else json.loads(line)
         except (ValueError, RecursionError) as error:
             yield Row(number, {}, error=f"is not JSON: {error}")
             continue
         if not isinstance(value, dict):
             yield Row(number, {}, error="is not a JSON object")
-        elif not _is_utf8(line):
-            yield Row(number, value, error="is not UTF-8")
+        elif not _is_shallow(value):
+            yield Row(number, {}, error=f"is nested deeper than {_MAX_JSON_DEPTH} levels")
+        elif raw is not value and not any(map(_is_not_utf8, raw.values())):
+            yield Row(number, value, error="is not UTF-8")  # a key, or within a value
         elif not isinstance(value.get(column), str):
             yield Row(number, value, error=f"{column}: is not text")
         else:
-            yield _row(number, value, value[column])
+            yield _row(number, value, raw, column)
 
 
-def _row(line: int, values: dict[str, Any], text: str) -> Row:
-    if not all(_is_utf8(value) for value in (text, *values.values()) if isinstance(value, str)):
-        return Row(line, values, error="is not UTF-8")
-    if not text.strip():
+def _row(line: int, values: dict[str, Any], raw: Mapping[str, Any], column: str) -> Row:
+    """The row of `values`; `raw` are the same before U+FFFD took the place of what is no UTF-8."""
+    wrong = next((name for name, value in raw.items() if _is_not_utf8(value)), None)
+    if wrong is not None:
+        return Row(line, values, error=f"{wrong}: is not UTF-8")
+    if not raw[column].strip():
         return Row(line, values, error="the text is empty")
-    return Row(line, values, text)
+    return Row(line, values, raw[column])
+
+
+def _is_shallow(value: Any) -> bool:
+    """Whether lists and objects stand at most _MAX_JSON_DEPTH deep in each other."""
+    level = [value]
+    for _ in range(_MAX_JSON_DEPTH + 1):
+        level = [
+            inner
+            for outer in level
+            if isinstance(outer, (dict, list))
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+        ]
+        if not level:
+            return True
+    return not any(isinstance(inner, (dict, list)) for inner in level)
+
+
+def _is_not_utf8(value: Any) -> bool:
+    return isinstance(value, str) and not _is_utf8(value)
 
 
 def _is_utf8(text: str) -> bool:
-    return not any("\ud800" <= character <= "\udfff" for character in text)
+    return _SURROGATE.search(text) is None
 
 
 def _shown(text: str) -> str:
     """`text` with U+FFFD for what is not UTF-8."""
-    return "".join("\ufffd" if "\ud800" <= c <= "\udfff" else c for c in text)
+    return _SURROGATE.sub("\ufffd", text)
 
 
 def _check_column(column: str, columns: Sequence[str], name: str) -> None:
@@ -225,7 +262,11 @@ class TableWriter:
 
 
 def spreadsheet_safe(cell: str) -> str:
-    """The cell as a spreadsheet shows it but does not calculate it: with ' before it if need be."""
+    """The cell as a spreadsheet shows it but does not calculate it: with ' before it if need be.
+
+    So too after a ; | or tab within it, where another separator may be looked for.
+    """
+    cell = _INNER_FORMULA.sub(r"\1'", cell)
     start = cell.lstrip(" \n")[:1]
     is_formula = start in _FORMULA_STARTS and start != "" and not _NUMBER.fullmatch(cell.strip())
     return f"'{cell}" if is_formula else cell

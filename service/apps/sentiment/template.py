@@ -22,9 +22,12 @@ UNCERTAIN = "uncertain"
 
 _FOLDER = "templates"
 _SLOT = re.compile(r"\{(\w+)\}")
-_MARKER = re.compile(r"^(\w[\w ]*):", re.MULTILINE)
+_MARKER = re.compile(r"^([^\n{}:]{1,40}):", re.MULTILINE)
+# All that Unicode calls compatible with a colon (NFKC): full-width, small, vertical.
+_COLONS = ":\uff1a\ufe55\ufe13"
 # Tokenizers of this family read such text as one token that no text of a user's may contain.
 _SPECIAL_TOKEN = re.compile(r"<\|([^<>|]*)\|>")
+_SHOWN_AS = {"Cc": " ", "Cf": ""}
 _MAX_LABELS = 64  # the candidates that one Score call takes
 
 
@@ -111,34 +114,38 @@ class PromptTemplate:
     def one_line(self, text: str) -> str:
         """`text` as it stands in a prompt: one line that cannot pass for a part of the template.
 
-        Line breaks and control characters become spaces; "Sentiment:" and the template's other
-        line starts lose their colon; special tokens of the tokenizer are taken apart.
+        Line breaks and control characters become spaces, format characters, which nobody sees
+        (category Cf), go; "Sentiment:" and the template's other line starts lose their colon;
+        special tokens of the tokenizer are taken apart.
         """
-        shown = "".join(" " if unicodedata.category(c) == "Cc" else c for c in text)
+        shown = "".join(_SHOWN_AS.get(unicodedata.category(c), c) for c in text)
         shown = " ".join(shown.split())
         shown = _SPECIAL_TOKEN.sub(r"< \1 >", shown)
         return self._markers.sub(r"\1 -", shown) if self._markers else shown
 
     def label_named(self, words: str) -> str | None:
-        """The name of the label that `words` begin with; None if there is none."""
+        """The name of the label that `words` begin with, the longest one; None if there is none."""
         folded = words.strip().casefold()
         found = [
-            label.name
+            (len(spelling), label.name)
             for label in self.labels
             for spelling in (label.continuation.strip().casefold(), label.name.casefold())
             if re.match(rf"{re.escape(spelling)}(?!\w)", folded)
         ]
-        return found[0] if found else None
+        return max(found, key=lambda pair: pair[0])[1] if found else None
 
     @cached_property
     def _markers(self) -> re.Pattern[str] | None:
         parts = (self.prompt, self.example, self.explain_prompt, self.explain_example, self.answer)
-        names = {name for part in parts for name in _MARKER.findall(part)}
+        starts = {start.strip() for part in parts for start in _MARKER.findall(part)}
+        # "### Response" is one without its signs, too: a model takes the one for the other.
+        names = starts | {re.sub(r"^\W+", "", start) for start in starts}
+        names.discard("")
         if not names:
             return None
         longest_first = sorted(names, key=lambda name: (-len(name), name))
         spaced = (r"\s+".join(map(re.escape, name.split())) for name in longest_first)
-        return re.compile(rf"(?<!\w)({'|'.join(spaced)})\s*[:\uff1a]", re.IGNORECASE)
+        return re.compile(rf"(?<!\w)({'|'.join(spaced)})\s*[{_COLONS}]", re.IGNORECASE)
 
 
 def list_templates() -> tuple[str, ...]:

@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors import SafetensorError
 from typer.testing import Result
 
 from gptjet.service.commands.terminal import ExitCode
+from gptjet.service.engine.errors import BackendLoadError
 from gptjet.service.models.checkpoint import resolve_checkpoint
 from gptjet.service.models.fused.weights import load_fused_weights
 
@@ -161,3 +163,76 @@ async def test_interrupted_run_leaves_nothing(
     assert result.exit_code == ExitCode.INTERRUPTED
     assert "nothing was written" in result.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+async def test_shard_that_cannot_be_written_is_one_line_and_leaves_nothing(
+    source: str, tmp_path: Path, invoke: Invoke, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from gptjet.service.quantization import writer
+
+    def fail(_: Any, path: Path, **__: Any) -> None:
+        path.write_text("half")
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(writer, "save_file", fail)
+    output = str(tmp_path / "out")
+    result = await invoke("quantize", source, output, "--bits", "8", "--no-evaluate")
+    assert result.exit_code == ExitCode.USAGE
+    assert "out cannot be written: I/O error: No space left on device" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("is_replaced", [False, True])
+async def test_interrupt_after_the_swap_says_that_the_output_was_written(
+    is_replaced: bool,
+    source: str,
+    text: str,
+    tmp_path: Path,
+    invoke: Invoke,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    output = str(tmp_path / "out")
+    command = ["quantize", source, output, "--bits", "8", "--text", text, "--force"]
+    if is_replaced:
+        assert (await invoke(*command, "--no-evaluate")).exit_code == ExitCode.OK
+    interrupt_perplexity(monkeypatch, "after", KeyboardInterrupt())
+    result = await invoke(*command)
+    assert result.exit_code == ExitCode.INTERRUPTED
+    assert result.stderr == f"gptjet: error: interrupted: {output} was written before that\n"
+    load_fused_weights(resolve_checkpoint(output), "int8")
+
+
+async def test_interrupt_before_the_swap_says_that_nothing_was_written(
+    source: str, text: str, tmp_path: Path, invoke: Invoke, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ["quantize", source, str(tmp_path / "out"), "--bits", "8", "--text", text, "--force"]
+    assert (await invoke(*command, "--no-evaluate")).exit_code == ExitCode.OK
+    interrupt_perplexity(monkeypatch, "before", KeyboardInterrupt())
+    result = await invoke(*command)
+    assert result.exit_code == ExitCode.INTERRUPTED
+    assert "interrupted: nothing was written" in result.stderr
+
+
+async def test_failure_after_the_swap_says_that_the_output_was_written(
+    source: str, text: str, tmp_path: Path, invoke: Invoke, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = str(tmp_path / "out")
+    interrupt_perplexity(monkeypatch, "after", BackendLoadError("no memory"))
+    result = await invoke("quantize", source, output, "--bits", "8", "--text", text)
+    assert result.exit_code == ExitCode.USAGE
+    assert f"no memory; {output} was written before that" in result.stderr
+
+
+def interrupt_perplexity(monkeypatch: pytest.MonkeyPatch, when: str, error: BaseException) -> None:
+    """`error` instead of the perplexity "before" or "after"."""
+    from gptjet.service.quantization import run
+
+    measure = run._perplexity
+
+    def measure_or_not(*arguments: Any) -> Any:
+        if arguments[-1] == f"perplexity {when}":
+            raise error
+        return measure(*arguments)
+
+    monkeypatch.setattr(run, "_perplexity", measure_or_not)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import csv
+import errno
 import json
 import re
 import signal
@@ -171,6 +172,20 @@ async def test_a_file_is_classified_and_bad_rows_are_named(
     assert json.loads(as_json.stdout)["errors"] == [[3, "has 1 cells, the header 2"]]
 
 
+async def test_a_file_of_which_every_row_has_an_error_is_a_failure(
+    start_server: Any, invoke: Invoke, tmp_path: Path
+) -> None:
+    running = await start_server()
+    source, out = tmp_path / "in.csv", tmp_path / "out.csv"
+    source.write_text("n,text\n0, \n1\n", encoding="utf-8")
+    result = await invoke(
+        "sentiment", "--file", str(source), "--out", str(out), "--server", running.target
+    )
+    assert result.exit_code == ExitCode.FAILURE
+    assert "2 rows" in result.stdout
+    assert [row["n"] for row in rows_of(out)] == ["0", "1"]
+
+
 async def test_a_misspelt_column_is_answered_with_the_near_one(
     start_server: Any, invoke: Invoke, reviews: Path, tmp_path: Path
 ) -> None:
@@ -296,12 +311,31 @@ async def test_an_evaluation_writes_its_figures_and_a_plot(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["plot.svg", "result.json"]
 
 
+async def test_figures_are_printed_though_the_file_cannot_be_written(
+    server: str, invoke: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, _: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr("gptjet.service.commands.sentiment_evaluate._write_json", full)
+    result = await invoke(
+        *("sentiment", "evaluate", "--limit", "9", "--no-vader", "--server", server),
+        *("--out", str(tmp_path / "it.json")),
+    )
+    assert result.exit_code == ExitCode.USAGE
+    assert "it.json: No space left on device" in result.stderr
+    assert "macro-F1" in result.stdout
+
+
 async def test_an_evaluation_that_cannot_be_made_is_refused_before_it_runs(
     start_server: Any, invoke: Invoke, reviews: Path
 ) -> None:
     running = await start_server()
     evaluate = ("sentiment", "evaluate", "--server", running.target)
     for flags, message in (
+        (["--out", "nowhere/it.json"], "--out: there is no folder nowhere"),
+        (["--plot", "nowhere/it.svg"], "--plot: there is no folder nowhere"),
+        (["--out", str(reviews.parent)], "is a folder"),
         (["--plot", "it.pdf"], "must end in .png or .svg"),
         (["--file", str(reviews)], "has no column 'label'"),
         (["--template", "dringlichkeit"], "has no label"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 import socket
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,20 @@ async def test_a_model_server_that_is_killed_is_started_again_at_the_same_addres
     notes = (await process.stderr.read()).decode()
     assert "the model server ended with exit code -9; starting it again in 1 s" in notes
     assert "Traceback" not in notes
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's signal at a parent's death")
+async def test_a_page_that_is_killed_leaves_no_model_server(start_cli: Start) -> None:
+    process = await start_cli("sentiment", "serve", "--port", "0", "--backend", "mock")
+    async with await page_of(process) as http:
+        await until_state(http, "ready")
+    (server,) = children(process)
+    process.kill()
+    await process.wait()
+    _, alive = await asyncio.to_thread(psutil.wait_procs, [server], timeout=15)
+    for left in alive:
+        left.kill()
+    assert not alive
 
 
 async def test_stopping_ends_an_answer_that_is_being_made(start_cli: Start, tmp_path: Path) -> None:

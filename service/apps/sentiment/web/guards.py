@@ -136,6 +136,9 @@ def _is_same_origin(headers: Headers, scheme: str) -> bool:
         return True
     # A proxy that ends TLS leaves the scheme http here; the browser's own word, where it gave
     # one, settles that.
-    parts = urlsplit(origin)
+    try:
+        parts = urlsplit(origin)
+    except ValueError:  # "http://[": no browser's
+        return False
     same_host = parts.netloc.lower() == headers.get("host", "").lower()
     return same_host and (site == "same-origin" or parts.scheme == scheme)

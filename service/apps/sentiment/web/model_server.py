@@ -1,4 +1,8 @@
-"""A GPTJet server of the page's own: `gptjet serve` as a child, started again if it ends."""
+"""A GPTJet server of the page's own: `gptjet serve` as a child, started again if it ends.
+
+It ends with the page, even one that is killed: the kernel sends it SIGTERM
+(prctl(PR_SET_PDEATHSIG), Linux).
+"""
 
 from __future__ import annotations
 
@@ -17,6 +21,15 @@ _POLL_S = 0.05
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 30.0
 # Of `gptjet serve`: a flag or the model is not usable, and will not be the next time.
 _NOT_USABLE = 2
+# Runs in the child, between fork and serve. 1 is PR_SET_PDEATHSIG; it outlives the exec.
+_DIE_WITH_PARENT = (
+    "import ctypes, os, signal, sys\n"
+    "parent = int(sys.argv[1])\n"
+    "if sys.platform == 'linux':\n"
+    "    ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGTERM)\n"
+    "    if os.getppid() != parent: sys.exit(1)\n"
+    "os.execv(sys.argv[2], sys.argv[2:])\n"
+)
 
 
 class ModelServerError(Exception):
@@ -82,6 +95,7 @@ class ModelServer:
         with tempfile.TemporaryDirectory(prefix="gptjet-page-") as folder:
             file = Path(folder, "port")
             self._process = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-c", _DIE_WITH_PARENT, str(os.getpid())),
                 *(sys.executable, "-m", "gptjet.service.cli", "serve", *self._flags),
                 *("--host", "127.0.0.1", "--port", str(self._port), "--port-file", str(file)),
                 stdin=asyncio.subprocess.DEVNULL,
@@ -108,11 +122,14 @@ class ModelServer:
         """Start it again whenever it ends, after pauses that grow while it keeps ending."""
         pause_s = _FIRST_PAUSE_S
         loop = asyncio.get_running_loop()
+        listened = True
         while True:
             assert self._process is not None
             started_s = loop.time()
             code = await self._process.wait()
-            if code == _NOT_USABLE:
+            # Before it listens, it cannot be the flags, which were good the first time: somebody
+            # else has taken its port meanwhile, and may give it back.
+            if code == _NOT_USABLE and listened:
                 self.error = _ended(code)
                 self._on_failed()
                 return
@@ -124,8 +141,14 @@ class ModelServer:
             await asyncio.sleep(pause_s)
             pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
             # Where it ends before it listens, the next round waits for that process, ended already.
-            with contextlib.suppress(ModelServerError):
+            listened = False
+            try:
                 await self._start()
+                listened = True
+            except ModelServerError:
+                pass
+            except OSError as error:
+                self._on_note(f"the model server cannot be started: {error.strerror or error}")
 
     async def _stop(self) -> None:
         process = self._process

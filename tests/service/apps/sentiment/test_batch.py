@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 
 from gptjet.service.apps.sentiment.batch import (
@@ -21,6 +22,7 @@ from gptjet.service.apps.sentiment.batch import (
 from gptjet.service.apps.sentiment.classify import ClassifierOptions, SentimentClassifier
 from gptjet.service.apps.sentiment.pipeline import ServerGoneError
 from gptjet.service.apps.sentiment.template import load_template
+from gptjet.service.client import InternalError, ModelInfo
 
 from .conftest import FakeClient, unavailable
 
@@ -147,7 +149,7 @@ async def test_a_bad_row_keeps_its_place_and_says_its_line(
         "",
         "line 3: has 1 cells, the header 2",
         "line 4: the text is empty",
-        "line 5: is not UTF-8",
+        "line 5: text: is not UTF-8",
         "",
         "line 8: has 3 cells, the header 2",
     ]
@@ -218,6 +220,80 @@ async def test_columns_that_the_input_has_already_are_not_overwritten(
     assert (row["label"], row["sentiment_label"]) == ("mine", "positive")
 
 
+async def test_no_column_is_lost_whatever_prefix_the_input_uses(
+    client: FakeClient, spec: BatchSpec
+) -> None:
+    spec.source.write_text("text,label,sentiment_label\ngood,a,b\n", encoding="utf-8")
+    await classify_file(classifier_of(client), spec)
+    (row,) = rows_of(spec.out)
+    assert (row["label"], row["sentiment_label"]) == ("a", "b")
+    assert row["sentiment_sentiment_label"] == "positive"
+
+
+def internal() -> InternalError:
+    return InternalError(grpc.StatusCode.INTERNAL, "the GPU fell off the bus")
+
+
+async def test_a_server_that_fails_at_row_after_row_ends_the_run_and_not_the_rows(
+    client: FakeClient, spec: BatchSpec
+) -> None:
+    spec = replace(spec, concurrency=1)
+    score = client.score
+    asked = 0
+
+    async def failing(*arguments: Any, **options: Any) -> Any:
+        nonlocal asked
+        asked += 1
+        if asked > 10:
+            raise internal()
+        return await score(*arguments, **options)
+
+    client.score = failing  # type: ignore[method-assign]
+    with pytest.raises(ServerGoneError, match=r"the server fails: 5 rows .* line 16: .*the GPU"):
+        await classify_file(classifier_of(client), spec)
+    assert not spec.out.exists()
+    client.score = score  # type: ignore[method-assign]
+    summary = await classify_file(classifier_of(client), spec)
+    assert (summary.resumed, summary.errors) == (10, [])
+    check(spec)
+
+
+async def test_a_few_rows_that_the_server_fails_at_keep_their_error(
+    client: FakeClient, spec: BatchSpec
+) -> None:
+    client.errors = [internal() for _ in range(2 * 4)]  # each row is tried twice
+    summary = await classify_file(classifier_of(client), replace(spec, concurrency=1))
+    assert [line for line, _ in summary.errors] == [2, 3, 4, 5]
+    assert summary.rows == 50
+
+
+@pytest.mark.parametrize(
+    "content", [b"PK\x03\x04 half a download", b"[1]\n", b'{"journal" of mine\n', b"{}\n"]
+)
+async def test_a_file_of_the_journals_name_that_is_none_is_left_alone(
+    client: FakeClient, spec: BatchSpec, content: bytes
+) -> None:
+    journal_path(spec.out).write_bytes(content)
+    with pytest.raises(BatchError, match=r"out\.csv\.part is no journal .* move it away"):
+        await classify_file(classifier_of(client), spec)
+    assert journal_path(spec.out).read_bytes() == content
+
+
+@pytest.mark.parametrize("changed", ["dtype", "backend"])
+async def test_rows_of_another_number_type_or_backend_are_not_mixed(
+    client: FakeClient, spec: BatchSpec, changed: str
+) -> None:
+    await run_to(client, spec, 20)
+    get_model = client.get_model
+
+    async def other(**options: Any) -> ModelInfo:
+        return replace(await get_model(**options), **{changed: "another"})  # type: ignore[arg-type]
+
+    client.get_model = other  # type: ignore[method-assign]
+    with pytest.raises(BatchError, match=f"was begun with another {changed};"):
+        await classify_file(classifier_of(client), spec)
+
+
 async def test_json_lines_in_and_out(client: FakeClient, spec: BatchSpec, tmp_path: Path) -> None:
     source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_text('{"text": "good", "tags": [1]}\n{"text": "\\ud800"}\n', encoding="utf-8")
@@ -225,7 +301,7 @@ async def test_json_lines_in_and_out(client: FakeClient, spec: BatchSpec, tmp_pa
     first, second = (json.loads(line) for line in out.read_text(encoding="utf-8").splitlines())
     assert (first["tags"], first["label"], first["error"]) == ([1], "positive", None)
     assert first["p_positive"] > 0.5
-    assert (second["label"], second["error"]) == (None, "line 2: is not UTF-8")
+    assert (second["label"], second["error"]) == (None, "line 2: text: is not UTF-8")
 
 
 async def test_every_key_of_json_lines_is_a_column(

@@ -196,3 +196,14 @@ async def test_a_text_that_imitates_the_template_is_judged_by_what_it_says(
     result = await classifier_of(client).classify(attack)
     # The fake's model reads what follows the last "Text:"; only the template may put one there.
     assert result.scored_label == "negative"
+
+
+async def test_a_label_that_is_impossible_with_and_without_a_text_is_not_the_likeliest(
+    client: FakeClient,
+) -> None:
+    nats = client.nats
+    client.nats = lambda prompt: nats(prompt) | {" negative": -math.inf}  # type: ignore[method-assign]
+    template = replace(load_template("embedded"), calibrate=True)
+    result = await SentimentClassifier(client, template).classify("good")  # type: ignore[arg-type]
+    assert result.label == "positive"
+    assert result.probabilities["negative"] == 0

@@ -81,5 +81,7 @@ def test_the_readmes_section_is_made_of_its_figures(result: dict[str, Any]) -> N
     )
     vader = result["vader"]["figures"]
     assert f"| VADER, compound +-0.05 | {vader['macro_f1']:.3f} |" in section
+    load = result["environment"]["load_average"][0]
+    assert f"in flight, load average {load:.1f} on " in section
     readme = "<!-- generated: sentiment -->\nold\n<!-- end -->"
     assert section in generator["render"](readme, ROOT)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import SupportsIndex
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -58,3 +60,34 @@ async def test_nothing_is_lost_and_every_part_fits(text: str, room: int) -> None
     parts = await split_to_fit(text, room, characters)
     assert "".join("".join(parts).split()) == "".join(text.split())
     assert all(len(part) <= room for part in parts)
+
+
+class CountedText(str):
+    """Counts the characters that are copied out of it."""
+
+    copied = 0
+
+    def __getitem__(self, key: SupportsIndex | slice) -> str:
+        part = super().__getitem__(key)
+        CountedText.copied += len(part)
+        return part
+
+
+@pytest.mark.parametrize("piece", ["x. ", "no. ", "A. ", "Yes. "])
+def test_splitting_copies_a_bounded_number_of_characters_a_full_stop(piece: str) -> None:
+    CountedText.copied = 0
+    text = CountedText(piece * 5000)
+    sentences = split_sentences(text)
+    assert "".join(sentences).replace(" ", "") == text.replace(" ", "")
+    assert CountedText.copied <= 50 * 5000 + len(text)
+
+
+@pytest.mark.parametrize("run", [".", ".!?", "\u2026", '."', ".)))"])
+def test_runs_of_full_stops_are_passed_once(run: str) -> None:
+    """Quadratic, a million of them would take hours."""
+    text = run * 300_000
+    assert split_sentences(text) == [text]
+
+
+def test_a_long_word_before_a_full_stop_is_no_abbreviation() -> None:
+    assert split_sentences("a" * 100 + "no. Good.") == ["a" * 100 + "no.", "Good."]

@@ -40,7 +40,7 @@ def test_a_bad_row_says_what_is_wrong_and_the_others_are_read() -> None:
         (3, "has 1 cells, the header 2"),
         (4, "has 3 cells, the header 2"),
         (5, "the text is empty"),
-        (6, "is not UTF-8"),
+        (6, "text: is not UTF-8"),
         (7, "',' expected after '\"'"),
         (8, None),
     ]
@@ -51,6 +51,34 @@ def test_a_quotation_mark_that_is_never_closed_is_named_with_its_line() -> None:
     rows = rows_of(b'id,text\n1,good\n2,"open\n3,x\n')
     assert rows[-1].line == 3
     assert rows[-1].error == "a quotation mark is opened and not closed before the file's end"
+
+
+@pytest.mark.parametrize(
+    ("content", "table_format", "error"),
+    [
+        (b"text,place\ngood,K\xf6ln\n", TableFormat.CSV, "place: is not UTF-8"),
+        (b"text\tplace\ngood\tK\xf6ln\n", TableFormat.TSV, "place: is not UTF-8"),
+        (b'{"text": "good", "place": "K\xf6ln"}\n', TableFormat.JSONL, "place: is not UTF-8"),
+        (b'{"text": "good", "places": ["K\xf6ln"]}\n', TableFormat.JSONL, "is not UTF-8"),
+    ],
+)
+def test_bytes_that_are_no_utf8_are_found_in_every_column(
+    content: bytes, table_format: TableFormat, error: str
+) -> None:
+    assert [row.error for row in rows_of(content, table_format)] == [error]
+
+
+def test_a_json_line_that_is_nested_too_deep_is_refused() -> None:
+    def line(depth: int) -> bytes:
+        return b'{"text": "good", "deep": ' + b"[" * depth + b"]" * depth + b"}\n"
+
+    rows = rows_of(line(99) + line(101) + line(900) + line(5000), TableFormat.JSONL)
+    assert [row.error for row in rows[:3]] == [
+        None,
+        "is nested deeper than 100 levels",
+        "is nested deeper than 100 levels",
+    ]
+    assert rows[3].error is not None
 
 
 def test_json_lines_keep_their_values_and_bad_ones_are_named() -> None:
@@ -70,7 +98,7 @@ def test_json_lines_keep_their_values_and_bad_ones_are_named() -> None:
     assert errors[0] is None
     assert errors[1] is not None
     assert errors[1].startswith("is not JSON")
-    assert errors[2:] == ["is not a JSON object", "text: is not text", "is not UTF-8", None]
+    assert errors[2:] == ["is not a JSON object", "text: is not text", "text: is not UTF-8", None]
 
 
 @pytest.mark.parametrize(
@@ -81,6 +109,10 @@ def test_json_lines_keep_their_values_and_bad_ones_are_named() -> None:
         (b"id,body\n1,a\n", "it: has no column 'text'; it has 'id', 'body'"),
         (b"", "it: has no header line"),
         (b"text,text\n", "it: line 1: two columns are named 'text'"),
+        (
+            b"text,gr\xf6\xdfe\na,1\n",
+            "it: line 1: the name of column 2, 'gr\ufffd\ufffde', is not UTF-8",
+        ),
         ("text\na".encode("utf-16"), "it: is in UTF-16; save it as UTF-8"),
     ],
 )
@@ -130,3 +162,17 @@ def test_numbers_and_missing_values_are_written_for_people() -> None:
     file = io.StringIO(newline="")
     TableWriter(file, TableFormat.CSV, ["p", "none", "list"]).write({"p": 0.25, "list": [1, "a"]})
     assert list(csv.reader(io.StringIO(file.getvalue())))[1] == ["0.25", "", json.dumps([1, "a"])]
+
+
+@pytest.mark.parametrize(
+    ("cell", "safe"),
+    [
+        ("a;=1+1", "a;'=1+1"),
+        ("a | @SUM(A1)", "a | '@SUM(A1)"),
+        ("a\t+cmd|-2", "a\t'+cmd|'-2"),
+        ("fine ;-) and ;=", "fine ;-) and ;="),
+        ("a; b - c", "a; b - c"),
+    ],
+)
+def test_a_formula_after_another_separator_within_a_cell_is_made_text(cell: str, safe: str) -> None:
+    assert spreadsheet_safe(cell) == safe

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -327,6 +328,22 @@ def test_quantized_folder_chooses_its_type_and_refuses_another(
             load_backend("fused", str(options.output), device="cpu", dtype=dtype)
     with pytest.raises(BackendLoadError, match="only the fused backend"):
         load_backend("huggingface", str(options.output), device="cpu")
+
+
+def test_broken_recipe_of_a_quantized_folder_is_named(
+    make_gptj_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = tmp_path / "quantized"
+    options = QuantizeOptions(
+        model=str(make_gptj_checkpoint()), output=folder, bits=8, method="rtn", evaluate=False
+    )
+    quantize(options, lambda name, size: lambda part: None)
+    config = json.loads((folder / "config.json").read_text())
+    for field in ("bits", "weight_type"):
+        del config["quantization_config"][field]
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(BackendLoadError, match="quantization_config lacks bits"):
+        load_backend("fused", str(folder), device="cpu")
 
 
 @pytest.mark.usefixtures("wrong_kernels")

@@ -2,11 +2,15 @@
 
 // What spreadsheets take for a formula, in both widths; a plain number is none.
 const FORMULA = /^[\s]*[=+\-@\uff1d\uff0b\uff0d\uff20]|^[\t\r\n]/;
+// Within a cell, where a spreadsheet that splits at another character would see a cell's start;
+// ";-)" is none: a formula goes on with a name, a number, a text or a bracket.
+const INNER_FORMULA = /((?:[;|]|(?<!^)\t)[ \r\n]*)(?=[=+@-][ =+@-]*[\p{L}\p{N}_"'(])/gu;
 const NUMBER = /^[+-]?\d+([.,]\d+)?$/;
 
 /** A cell that is text, whatever it looks like (OWASP, "CSV Injection"). */
 export function guard(cell) {
-  return FORMULA.test(cell) && !NUMBER.test(cell) ? `'${cell}` : cell;
+  const inner = cell.replace(INNER_FORMULA, "$1'");
+  return FORMULA.test(inner) && !NUMBER.test(inner) ? `'${inner}` : inner;
 }
 
 function quote(cell) {

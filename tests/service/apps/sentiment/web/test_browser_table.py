@@ -241,6 +241,7 @@ def test_the_download_runs_nothing_in_a_spreadsheet(
     page = live_page()
     browser.open(page.url)
     cells = ["=1+1", "+1+1", "-1+1", "@SUM(A1)", "\t=1", " =1", "\uff1d1", "-5", "+3.5", 'a "b", c']
+    cells += ["a;=1", "a ;-)"]
     rows = [["text", "=head()"], *[[f"wonderful {n}", cell] for n, cell in enumerate(cells)]]
     browser.choose(write(rows))
     browser.click("#table-start")
@@ -250,7 +251,7 @@ def test_the_download_runs_nothing_in_a_spreadsheet(
     assert head[2] == "'=head()"
     assert [line[2] for line in lines] == [
         *("'=1+1", "'+1+1", "'-1+1", "'@SUM(A1)", "'\t=1", "' =1", "'\uff1d1"),
-        *("-5", "+3.5", 'a "b", c'),
+        *("-5", "+3.5", 'a "b", c', "a;'=1", "a ;-)"),
     ]
 
 

@@ -87,6 +87,7 @@ def test_a_host_header_is_read_without_port_and_brackets() -> None:
         pytest.param({"sec-fetch-site": "none"}, 403, id="typed"),
         pytest.param({"origin": "https://evil.example"}, 403, id="another origin"),
         pytest.param({"origin": "null"}, 403, id="a sandbox"),
+        pytest.param({"origin": "http://["}, 403, id="no address"),
         pytest.param({"origin": "http://127.0.0.1:1"}, 403, id="another port"),
         pytest.param(
             {"sec-fetch-site": "same-origin", "origin": "https://evil.example"}, 403, id="both"
