@@ -12,6 +12,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import grpc
 
@@ -41,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _end_of(call: grpc.Call) -> str:
+def _end_of(call: Any) -> str:
     """The status that a call ended with, once what had arrived before it is read."""
     received = 0
     try:
