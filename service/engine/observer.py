@@ -71,11 +71,11 @@ class StepObserver(Protocol):
 class RequestObserver(Protocol):
     """Told of every request's end, in the event loop, whether or not its caller still listens."""
 
-    def request_ended(self, request: Request, summary: RequestSummary) -> None:
+    def request_ended(self, request: Request, summary: RequestSummary, /) -> None:
         """The last sequence of a request has ended."""
         ...
 
-    def score_ended(self, request: ScoreRequest, outcome: ScoreOutcome) -> None:
+    def score_ended(self, request: ScoreRequest, outcome: ScoreOutcome, /) -> None:
         """A score request has ended."""
         ...
 
