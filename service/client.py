@@ -104,7 +104,8 @@ class Client:
     timeout_s         deadline of a call that gives none; None: no deadline
     retry             on UNAVAILABLE; None: never
     retry_queue_full  retry on RESOURCE_EXHAUSTED too, after the time the server names
-    metadata          sent with every call
+    metadata          sent with every call; where the caller uses OpenTelemetry, its trace context
+                      goes with it
 
     Each method's `timeout_s` is that call's deadline; `math.inf` is none at all. Methods raise
     GptjetError.
@@ -156,7 +157,9 @@ class Client:
         request = messages.generate_request(pb.GenerateStreamRequest, prompt, request_id, options)
         timeout = channels.deadline(timeout_s, self._timeout_s)
         return GenerationStream(
-            self._stub.GenerateStream(request, timeout=timeout, metadata=self._metadata)
+            self._stub.GenerateStream(
+                request, timeout=timeout, metadata=channels.call_metadata(self._metadata)
+            )
         )
 
     def score(
@@ -227,7 +230,8 @@ class Client:
     def _call(self, method: Any, request: Any, timeout_s: float | None) -> Any:
         timeout = channels.deadline(timeout_s, self._timeout_s)
         try:
-            return method(request, timeout=timeout, metadata=self._metadata)
+            metadata = channels.call_metadata(self._metadata)
+            return method(request, timeout=timeout, metadata=metadata)
         except grpc.RpcError as error:
             raise channels.from_rpc_error(error) from error
 
@@ -283,7 +287,9 @@ class AsyncClient:
         request = messages.generate_request(pb.GenerateStreamRequest, prompt, request_id, options)
         timeout = channels.deadline(timeout_s, self._timeout_s)
         return AsyncGenerationStream(
-            self._stub.GenerateStream(request, timeout=timeout, metadata=self._metadata)
+            self._stub.GenerateStream(
+                request, timeout=timeout, metadata=channels.call_metadata(self._metadata)
+            )
         )
 
     async def score(
@@ -349,6 +355,8 @@ class AsyncClient:
     async def _call(self, method: Any, request: Any, timeout_s: float | None) -> Any:
         timeout = channels.deadline(timeout_s, self._timeout_s)
         try:
-            return await method(request, timeout=timeout, metadata=self._metadata)
+            return await method(
+                request, timeout=timeout, metadata=channels.call_metadata(self._metadata)
+            )
         except grpc.RpcError as error:
             raise channels.from_rpc_error(error) from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -87,6 +88,23 @@ def channel_credentials(tls: types.TlsOptions) -> grpc.ChannelCredentials:
 
 def _pem(source: Path | bytes | None) -> bytes | None:
     return source.read_bytes() if isinstance(source, Path) else source
+
+
+def call_metadata(metadata: tuple[tuple[str, str], ...]) -> tuple[tuple[str, str], ...]:
+    """`metadata`, and the trace context of a caller that uses OpenTelemetry.
+
+    Its own propagator decides what that is: W3C's traceparent, unless it was set up otherwise.
+    """
+    # A program that has no tracing pays nothing for it and needs no package.
+    if "opentelemetry.trace" not in sys.modules:
+        return metadata
+    from opentelemetry import propagate
+
+    carrier: dict[str, str] = {}
+    propagate.inject(carrier)
+    given = {key for key, _ in metadata}
+    found = ((key.lower(), value) for key, value in carrier.items())
+    return (*metadata, *(pair for pair in found if pair[0] not in given))
 
 
 def deadline(timeout_s: float | None, default_s: float | None) -> float | None:

@@ -80,14 +80,16 @@ def _run(config: ServerConfig) -> int:
 
 def _as_json(config: ServerConfig, where: dict[str, str]) -> str:
     values = config.model_dump(mode="json")
-    settings = {name: {"value": value, "source": where[name]} for name, value in values.items()}
+    settings = {name: {"value": values[name], "source": where[name]} for name in where}
     return json.dumps(settings, indent=2)
 
 
 def _as_toml(config: ServerConfig, where: dict[str, str]) -> str:
     """A file that `--config` takes. TOML has no null: what is unset stands in a comment."""
     lines = []
-    for name, value in config.model_dump(mode="json").items():
+    values = config.model_dump(mode="json")
+    for name in where:
+        value = values[name]
         # JSON's strings, numbers and booleans are TOML's.
         line = f"# {name} is unset" if value is None else f"{name} = {json.dumps(value)}"
         lines.append(f"{line:<40}  # {where[name]}")

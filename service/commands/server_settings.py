@@ -24,7 +24,7 @@ from gptjet.service.config import (
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
 
-# The help panels, in the order of the fields. A setting that is not named here is in the last one.
+# The help panels, in their order. A setting that is not named here is in the last one.
 _PANELS = {
     "Model": (
         "model",
@@ -56,8 +56,18 @@ _PANELS = {
         "reflection",
     ),
     "TLS": ("tls_cert", "tls_key", "tls_client_ca"),
+    "Observability": ("metrics_port", "metrics_host", "otlp_endpoint", "trace_sample_ratio"),
 }
 _LAST_PANEL = "Operation"
+
+
+def _in_order() -> tuple[str, ...]:
+    """Those of the panels, then the rest: the order in which people are shown them."""
+    named = [name for names in _PANELS.values() for name in names]
+    return (*named, *(name for name in ServerConfig.model_fields if name not in named))
+
+
+SETTINGS = _in_order()
 
 # What loading a model needs, for commands that do it without a server.
 MODEL_SETTINGS = _PANELS["Model"]
@@ -71,7 +81,7 @@ def with_server_settings(
     The command takes them as one parameter `settings: dict[str, Any]`, holding those that were
     given, ready for `load_config(**settings)`. `panel` overrides the help panel.
     """
-    chosen = names or tuple(ServerConfig.model_fields)
+    chosen = names or SETTINGS
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
         signature = inspect.signature(function, eval_str=True)
@@ -110,7 +120,7 @@ def sources(config_file: Path | None, settings: Mapping[str, Any]) -> dict[str, 
             return variable
         return str(file) if name in in_file else "default"
 
-    return {name: source(name) for name in ServerConfig.model_fields}
+    return {name: source(name) for name in SETTINGS}
 
 
 def flag_name(setting: str) -> str:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from gptjet.service.engine.endings import refusal, refused_score
 from gptjet.service.engine.engine import Engine
 from gptjet.service.engine.errors import EngineUnavailableError, QueueFullError
+from gptjet.service.engine.observer import RequestWatch
 from gptjet.service.engine.request import FinishReason, Request, RequestOutput
 from gptjet.service.engine.score_call import ScoreCall
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
     from gptjet.service.engine.backend import Backend, BackendSpec
     from gptjet.service.engine.config import EngineConfig
+    from gptjet.service.engine.observer import RequestObserver, StepObserver
     from gptjet.service.engine.score import ScoreOutcome, ScoreRequest
     from gptjet.service.engine.tokenizer import Tokenizer
 
@@ -81,9 +83,16 @@ class AsyncEngine:
     """
 
     def __init__(
-        self, backend: Backend, tokenizer: Tokenizer, config: EngineConfig | None = None
+        self,
+        backend: Backend,
+        tokenizer: Tokenizer,
+        config: EngineConfig | None = None,
+        *,
+        step_observer: StepObserver | None = None,
+        request_observers: tuple[RequestObserver, ...] = (),
     ) -> None:
-        self._engine = Engine(backend, tokenizer, config)
+        self._engine = Engine(backend, tokenizer, config, step_observer)
+        self._watch = RequestWatch(request_observers)
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -214,6 +223,7 @@ class AsyncEngine:
     def _end_score(self, call: ScoreCall, outcome: ScoreOutcome) -> None:
         self._not_started.discard(call)
         self._streams.discard(call)
+        self._watch.score_ended(call.request, outcome)
         call.deliver(outcome)
         if not self._streams:
             self._idle.set()
@@ -226,6 +236,7 @@ class AsyncEngine:
             self._not_started.discard(stream)
             if output.summary is not None:
                 self._streams.discard(stream)
+                self._watch.request_ended(stream.request, output.summary)
             stream.deliver(output)
         if not self._streams:
             self._idle.set()

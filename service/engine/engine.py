@@ -19,6 +19,7 @@ from gptjet.service.engine.errors import (
     InvalidRequestError,
     QueueFullError,
 )
+from gptjet.service.engine.observer import StepWatch
 from gptjet.service.engine.request import (
     FinishReason,
     Request,
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 
     import torch
 
+    from gptjet.service.engine.observer import StepObserver
     from gptjet.service.engine.score import ScoreRequest
     from gptjet.service.engine.tokenizer import Tokenizer
 
@@ -87,7 +89,11 @@ class Engine:
     """
 
     def __init__(
-        self, backend: Backend, tokenizer: Tokenizer, config: EngineConfig | None = None
+        self,
+        backend: Backend,
+        tokenizer: Tokenizer,
+        config: EngineConfig | None = None,
+        observer: StepObserver | None = None,
     ) -> None:
         self.backend = backend
         self.spec = backend.spec
@@ -107,6 +113,7 @@ class Engine:
         self._deadlines: list[tuple[int, int]] = []  # heap of (deadline_ns, key)
         self._keys = itertools.count()
         self._sequence_ids = itertools.count()
+        self._watch = None if observer is None else StepWatch(observer)
 
     @property
     def has_work(self) -> bool:
@@ -213,15 +220,25 @@ class Engine:
 
         Never raises for what a request or a backend does wrong.
         """
+        if self._watch is None:
+            return self._advance()
+        self._watch.begin()
+        outputs = self._advance()
+        self._watch.end()
+        return outputs
+
+    def _advance(self) -> list[tuple[int, RequestOutput]]:
         outputs = self._expire_deadlines()
-        if self.scorer.is_due() and self.scorer.run_piece():
+        if self.scorer.is_due() and self._run_score_piece():
             self.scheduler.require_decode()
             return outputs
         batch = self.scheduler.schedule()
         if batch is None:
-            self.scorer.run_piece()
+            self._run_score_piece()
             return outputs
         self.scorer.note_step(batch.phase)
+        if self._watch is not None:
+            self._watch.note_batch(batch)
         now_ns = time.monotonic_ns()
         for sequence in batch.sequences:
             sequence.first_step_ns = sequence.first_step_ns or now_ns
@@ -240,6 +257,12 @@ class Engine:
             self.scorer.fail_all(error)
             sequences = tuple(s for state in self._requests.values() for s in state.sequences)
         return self._abort(sequences, FinishReason.ERROR, log_failure(error, len(sequences)))
+
+    def _run_score_piece(self) -> bool:
+        ran = self.scorer.run_piece()
+        if ran and self._watch is not None:
+            self._watch.note_score()
+        return ran
 
     def _compute(self, batch: ScheduledBatch, outputs: list[tuple[int, RequestOutput]]) -> None:
         """Run the batch; appends to `outputs` as it goes, so that an error loses none of them."""
@@ -412,8 +435,11 @@ class Engine:
         """Make the output of a sequence, and close the sequence if it has a finish reason."""
         state = self._request_of[sequence.sequence_id]
         if token_ids:
-            sequence.last_token_ns = time.monotonic_ns()
-            sequence.first_token_ns = sequence.first_token_ns or sequence.last_token_ns
+            now_ns = time.monotonic_ns()
+            if self._watch is not None:
+                self._watch.note_tokens(sequence, len(token_ids), now_ns)
+            sequence.last_token_ns = now_ns
+            sequence.first_token_ns = sequence.first_token_ns or now_ns
         summary = None
         if sequence.finish_reason is not None:
             self._close(state, sequence)

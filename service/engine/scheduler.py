@@ -52,6 +52,7 @@ class Scheduler:
         self.waiting: deque[Sequence] = deque()
         self.prefilling: list[Sequence] = []
         self.running: deque[Sequence] = deque()
+        self.num_preemptions = 0
         self._spec = spec
         self._max_sequences = min(max_sequences, spec.max_sequences)
         # Tokens of a chunk; None: whole prompts only.
@@ -307,6 +308,7 @@ class Scheduler:
         return copies
 
     def _preempt(self, sequence: Sequence) -> None:
+        self.num_preemptions += 1
         self._queue_of(sequence).remove(sequence)
         self.block_manager.free(sequence.sequence_id)
         sequence.block_table = []

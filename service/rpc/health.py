@@ -26,6 +26,11 @@ class HealthServicer(health_pb2_grpc.HealthServicer):
         self._status: int = NOT_SERVING
         self._changed = asyncio.Event()
 
+    @property
+    def is_serving(self) -> bool:
+        """Whether the status is SERVING."""
+        return self._status == SERVING
+
     def set_status(self, status: int) -> None:
         """Set the status of every service and wake the watchers; event-loop thread only."""
         if status == self._status:

@@ -13,13 +13,16 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import grpc
+import structlog
 from google.protobuf import descriptor_pool
 
 from gptjet.service.engine.errors import FieldViolation, InvalidRequestError
 from gptjet.service.engine.request import FinishReason, RequestSummary
 from gptjet.service.engine.score import ScoreResult
 from gptjet.service.log import get_logger
+from gptjet.service.observability.setup import Observability
 from gptjet.service.rpc.status import InternalError, RpcStatus, to_status
+from gptjet.service.rpc.watch import RpcWatch
 from gptjet.service.rpc.wire import explain_undecodable
 
 if TYPE_CHECKING:
@@ -39,6 +42,7 @@ class RequestRecord:
     """What is known of one RPC when it ends; the servicer fills in what only it knows.
 
     `counted` says that it is one of our service's and not a probe; its `method` has no prefix then.
+    `trace` is what its engine request carries for whoever makes spans of it.
     """
 
     method: str
@@ -49,6 +53,9 @@ class RequestRecord:
     code: grpc.StatusCode = grpc.StatusCode.OK
     error: str | None = None
     request_id: str | None = None
+    trace_id: str | None = None
+    span_id: str | None = None
+    trace: Any = None
     prompt: str | None = None
     prompt_tokens: int | None = None
     output_tokens: int | None = None
@@ -81,6 +88,8 @@ class RequestRecord:
         """The log line: what does not apply is left out."""
         fields: dict[str, object] = {
             "request_id": self.request_id,
+            "trace_id": self.trace_id,
+            "span_id": self.span_id,
             "method": self.method,
             "code": self.code.name,
             "finish_reason": self.finish_reason and self.finish_reason.value,
@@ -143,19 +152,14 @@ class _Undecodable:
 
 
 class RequestInterceptor(grpc.aio.ServerInterceptor):
-    """Ends every RPC with one status and one record.
+    """Ends every RPC with one status and one record, which the log, metrics and spans are made of.
 
-    `on_end` is called with each record (default: the log line). `idle` is set while no RPC of
-    `counted_service` is being served.
+    `idle` is set while no RPC of `counted_service` is being served.
     """
 
-    def __init__(
-        self,
-        counted_service: str,
-        on_end: Callable[[RequestRecord], None] = log_record,
-    ) -> None:
+    def __init__(self, counted_service: str, observability: Observability) -> None:
         self._counted_prefix = counted_service + "/"
-        self._on_end = on_end
+        self.watch = RpcWatch(log_record, observability)
         self._active = 0
         self.idle = asyncio.Event()
         self.idle.set()
@@ -213,6 +217,7 @@ class RequestInterceptor(grpc.aio.ServerInterceptor):
             record.deadline_ns = record.started_ns + round(remaining_s * 1e9)
         token = _current.set(record)
         self._count(counted)
+        bound = self.watch.begin(record, method, request, context.invocation_metadata())
         try:
             if isinstance(request, _Undecodable):
                 raise InvalidRequestError(request.violation)
@@ -233,7 +238,8 @@ class RequestInterceptor(grpc.aio.ServerInterceptor):
         finally:
             _current.reset(token)
             self._count(counted, -1)
-            self._on_end(record)
+            self.watch.end(record)
+            structlog.contextvars.reset_contextvars(**bound)
 
     def _count(self, counted: bool, change: int = 1) -> None:
         if not counted:

@@ -23,10 +23,17 @@ from gptjet.service.engine.backend import Backend
 from gptjet.service.engine.errors import BackendLoadError
 from gptjet.service.engine.tokenizer import Tokenizer
 from gptjet.service.log import configure_logging, get_logger
+from gptjet.service.observability.errors import ObservabilityError
+from gptjet.service.observability.setup import Observability, set_up
 from gptjet.service.rpc import health, listen
 from gptjet.service.rpc.interceptors import RequestInterceptor
 from gptjet.service.rpc.listen import ListenError
-from gptjet.service.rpc.servicer import SERVICE_NAME, TextGenerationServicer
+from gptjet.service.rpc.servicer import (
+    METHOD_NAMES,
+    SERVICE_NAME,
+    TextGenerationServicer,
+    server_version,
+)
 from gptjet.service.rpc.text import TextCodec
 
 logger = get_logger(__name__)
@@ -63,21 +70,28 @@ class Server:
     Belongs to the event loop it is made in.
     """
 
-    def __init__(self, config: ServerConfig) -> None:
+    def __init__(self, config: ServerConfig, observability: Observability | None = None) -> None:
+        """`observability`: None for what the settings say; raises ObservabilityError for it."""
         self.config = config
         self.port = 0
         self.engine: AsyncEngine | None = None
         self._codec: TextCodec | None = None
-        self._servicer = TextGenerationServicer(config)
         self._health = health.HealthServicer(("", SERVICE_NAME))
-        self._rpcs = RequestInterceptor(SERVICE_NAME)
+        self.observability = observability or set_up(
+            config,
+            version=server_version(),
+            methods=METHOD_NAMES,
+            is_serving=lambda: self._health.is_serving,
+        )
+        self._rpcs = RequestInterceptor(SERVICE_NAME, self.observability)
+        self._servicer = TextGenerationServicer(config, self._rpcs.watch)
         self._grpc: grpc.aio.Server | None = None
         self._wrote_port_file = False
 
     async def start(self) -> None:
         """Listen. Health says NOT_SERVING and requests get UNAVAILABLE until `attach`.
 
-        Raises ListenError with one line if that cannot be.
+        Raises ListenError or ObservabilityError with one line if that cannot be.
         """
         server = grpc.aio.server(
             interceptors=[self._rpcs], options=listen.channel_options(self.config)
@@ -90,6 +104,7 @@ class Server:
             )
         self.port = listen.bind(server, self.config)
         self._grpc = server
+        self._serve_metrics()
         await server.start()
         if self.config.port_file is not None:
             listen.write_port_file(self.config.port_file, self.port)
@@ -100,15 +115,30 @@ class Server:
             tls=self.config.tls_cert is not None,
         )
 
+    def _serve_metrics(self) -> None:
+        config = self.config
+        if config.metrics_port is None:
+            return
+        self.observability.listen(config.metrics_host, config.metrics_port)
+        port = self.observability.metrics_port
+        logger.info("metrics", url=f"http://{listen.address(config.metrics_host, port)}/metrics")
+
     async def attach(self, backend: Backend, tokenizer: Tokenizer) -> None:
         """Warm a loaded model up and serve it. Raises what `Backend.warm_up` raises."""
-        engine = AsyncEngine(backend, tokenizer, self.config.engine)
+        engine = AsyncEngine(
+            backend,
+            tokenizer,
+            self.config.engine,
+            step_observer=self.observability.metrics,
+            request_observers=self.observability.request_observers,
+        )
         # Walks the whole vocabulary.
         codec = await asyncio.to_thread(
             TextCodec, tokenizer, backend.spec.max_context, self.config.max_queue_size
         )
         await engine.start()
         self.engine, self._codec = engine, codec
+        self.observability.attach(engine, self.config.model)
         self._servicer.attach(engine, codec)
         self._health.set_status(health.SERVING)
 
@@ -129,6 +159,7 @@ class Server:
             # Health watchers never end by themselves, so this waits for them in vain; and the
             # statuses of requests that have just ended are still being sent.
             await self._grpc.stop(_FLUSH_S)
+        await self.observability.close()
         if self._wrote_port_file and self.config.port_file is not None:
             listen.remove_port_file(self.config.port_file)
         return ended
@@ -161,10 +192,13 @@ async def serve(config: ServerConfig, *, loader: Loader) -> int:
     """
     configure_logging(config.log_level, config.log_format)
     stop = _stop_on_signals()
-    server = Server(config)
+    try:
+        server = Server(config)
+    except ObservabilityError as error:
+        return _give_up(str(error))
     try:
         await server.start()
-    except ListenError as error:
+    except (ListenError, ObservabilityError) as error:
         await server.drain(0.0)
         return _give_up(str(error))
     bringing_up = asyncio.create_task(_bring_up(server, loader))

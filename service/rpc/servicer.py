@@ -21,11 +21,14 @@ from gptjet.service.rpc.interceptors import RequestRecord, current_record
 from gptjet.service.rpc.score_request import bounded_ids, score_request_from_pb
 from gptjet.service.rpc.status import DeadlineExceededError
 from gptjet.service.rpc.text import TextCodec
+from gptjet.service.rpc.watch import RpcWatch
 
 if TYPE_CHECKING:
     import grpc
 
-SERVICE_NAME: str = pb.DESCRIPTOR.services_by_name["TextGeneration"].full_name
+_SERVICE = pb.DESCRIPTOR.services_by_name["TextGeneration"]
+SERVICE_NAME: str = _SERVICE.full_name
+METHOD_NAMES: tuple[str, ...] = tuple(method.name for method in _SERVICE.methods)
 
 _LOADING_RETRY_S = 2.0
 _DRAINING_RETRY_S = 1.0
@@ -36,9 +39,10 @@ _Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 class TextGenerationServicer(pb_grpc.TextGenerationServicer):
     """Refuses with UNAVAILABLE until `attach` and from `refuse` on; GetModel always answers."""
 
-    def __init__(self, config: ServerConfig) -> None:
+    def __init__(self, config: ServerConfig, watch: RpcWatch) -> None:
         self._config = config
-        self._version = _server_version()
+        self._watch = watch
+        self._version = server_version()
         self._engine: AsyncEngine | None = None
         self._codec: TextCodec | None = None
         self._refusal: tuple[str, float] | None = ("the model is loading", _LOADING_RETRY_S)
@@ -98,7 +102,6 @@ class TextGenerationServicer(pb_grpc.TextGenerationServicer):
     ) -> pb.ScoreResponse:
         """Candidates' log-probabilities; one answer at the end."""
         record = current_record()
-        record.request_id = request.request_id or None
         engine, codec = self._ready()
         if self._config.log_prompts:
             record.prompt = request.text or str(list(request.token_ids.ids))
@@ -106,10 +109,11 @@ class TextGenerationServicer(pb_grpc.TextGenerationServicer):
             request,
             codec,
             engine.spec.max_context,
+            request_id=request.request_id or record.request_id or "",
             arrival_ns=record.started_ns,
             deadline_ns=record.deadline_ns,
+            trace=record.trace,
         )
-        record.request_id = domain.request_id
         record.prompt_tokens = len(domain.prompt_token_ids)
         record.candidates = len(domain.candidates)
         record.candidate_tokens = domain.candidate_tokens
@@ -167,7 +171,6 @@ class TextGenerationServicer(pb_grpc.TextGenerationServicer):
     async def _submit(self, message: convert.GenerateMessage) -> RequestStream:
         """Queue the request a message describes."""
         record = current_record()
-        record.request_id = message.request_id or None
         engine, codec = self._ready()
         params = convert.sampling_params_from_pb(message.sampling_params)
         if self._config.log_prompts:
@@ -177,11 +180,12 @@ class TextGenerationServicer(pb_grpc.TextGenerationServicer):
         request = new_request(
             prompt_token_ids,
             params,
-            request_id=message.request_id,
+            request_id=message.request_id or record.request_id or "",
             arrival_ns=record.started_ns,
             deadline_ns=record.deadline_ns,
+            trace=record.trace,
         )
-        record.request_id = request.request_id
+        self._watch.describe(record, request)
         stream = engine.submit(request)
         record.output_tokens = 0
         return stream
@@ -223,7 +227,8 @@ def _leave(stream: RequestStream, record: RequestRecord) -> None:
         stream.cancel(record.leave())
 
 
-def _server_version() -> str:
+def server_version() -> str:
+    """Of the installed package."""
     try:
         return metadata.version("gptjet")
     except metadata.PackageNotFoundError:  # run from the tree, not installed
