@@ -7,7 +7,8 @@ import time
 import uuid
 from typing import TYPE_CHECKING
 
-from gptjet.service.engine.errors import EngineError, EngineStepError
+from gptjet.service.engine.errors import EngineError, EngineStepError, OutOfMemoryError
+from gptjet.service.engine.faults import is_out_of_memory
 from gptjet.service.engine.request import (
     FinishReason,
     Request,
@@ -113,6 +114,8 @@ def log_failure(error: Exception, num_sequences: int) -> EngineStepError:
     )
     # A foreign exception's message stays in the log: it may hold what no caller should see.
     detail = str(error) if isinstance(error, EngineError) else type(error).__name__
+    if is_out_of_memory(error):
+        return OutOfMemoryError(error_id, detail)
     return EngineStepError(error_id, detail)
 
 
