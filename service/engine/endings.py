@@ -85,11 +85,16 @@ def summarize(request: Request, sequences: Seq[Sequence], *, can_verify: bool) -
 
 def refusal(request: Request, error: Exception) -> RequestOutput:
     """The one output of a request that failed before it was queued; logs the error."""
+    return ended(request, log_failure(error, request.sampling_params.n))
+
+
+def ended(request: Request, error: EngineError) -> RequestOutput:
+    """The last output of a request that no engine can say more of."""
     sequence = SequenceSummary(index=0, finish_reason=FinishReason.ERROR, completion_tokens=0)
     return RequestOutput(
         request_id=request.request_id,
         finish_reason=FinishReason.ERROR,
-        error=log_failure(error, request.sampling_params.n),
+        error=error,
         summary=RequestSummary(
             request_id=request.request_id,
             prompt_tokens=len(request.prompt_token_ids),
