@@ -17,6 +17,7 @@ from typing import Any, Literal, Self
 
 from pydantic import ConfigDict, Field, ValidationError, model_validator
 
+from gptjet.service.config_limits import LimitsConfig
 from gptjet.service.config_observability import ObservabilitySettings
 from gptjet.service.engine.config import EngineConfig
 
@@ -36,7 +37,7 @@ class ConfigError(Exception):
     """The settings are not usable; the message names each bad key, its source and its limit."""
 
 
-class ServerConfig(ObservabilitySettings):
+class ServerConfig(LimitsConfig, ObservabilitySettings):
     """Everything `gptjet serve` can be told. Limits of the model itself stand in BackendSpec."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
@@ -207,6 +208,10 @@ class ServerConfig(ObservabilitySettings):
             max_sequences=self.max_sequences,
             prefix_cache=self.prefix_cache,
             max_prefill_tokens=self.max_prefill_tokens,
+            max_queue_time_s=self.max_queue_time_s,
+            max_tokens_in_flight=self.max_tokens_in_flight,
+            step_timeout_s=self.step_timeout_s,
+            max_failed_steps=self.max_failed_steps,
         )
 
 

@@ -44,6 +44,11 @@ _PANELS = {
         "max_n",
         "prefix_cache",
         "max_prefill_tokens",
+        "max_queue_time_s",
+        "max_tokens_in_flight",
+        "max_concurrent_rpcs",
+        "max_unread_tokens",
+        "slow_reader_timeout_s",
     ),
     "Network": (
         "host",
@@ -53,6 +58,12 @@ _PANELS = {
         "keepalive_time_s",
         "keepalive_timeout_s",
         "min_ping_interval_s",
+        "max_connections",
+        "max_concurrent_streams",
+        "handshake_timeout_s",
+        "max_connection_idle_s",
+        "max_connection_age_s",
+        "reuse_port",
         "reflection",
     ),
     "TLS": ("tls_cert", "tls_key", "tls_client_ca"),
@@ -60,14 +71,6 @@ _PANELS = {
 }
 _LAST_PANEL = "Operation"
 
-
-def _in_order() -> tuple[str, ...]:
-    """Those of the panels, then the rest: the order in which people are shown them."""
-    named = [name for names in _PANELS.values() for name in names]
-    return (*named, *(name for name in ServerConfig.model_fields if name not in named))
-
-
-SETTINGS = _in_order()
 
 # What loading a model needs, for commands that do it without a server.
 MODEL_SETTINGS = _PANELS["Model"]
@@ -81,7 +84,7 @@ def with_server_settings(
     The command takes them as one parameter `settings: dict[str, Any]`, holding those that were
     given, ready for `load_config(**settings)`. `panel` overrides the help panel.
     """
-    chosen = names or SETTINGS
+    chosen = names or setting_names()
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
         signature = inspect.signature(function, eval_str=True)
@@ -120,7 +123,13 @@ def sources(config_file: Path | None, settings: Mapping[str, Any]) -> dict[str, 
             return variable
         return str(file) if name in in_file else "default"
 
-    return {name: source(name) for name in SETTINGS}
+    return {name: source(name) for name in setting_names()}
+
+
+def setting_names() -> tuple[str, ...]:
+    """Every setting, in the order of the help panels."""
+    order = [*_PANELS, _LAST_PANEL]
+    return tuple(sorted(ServerConfig.model_fields, key=lambda name: order.index(_panel_of(name))))
 
 
 def flag_name(setting: str) -> str:

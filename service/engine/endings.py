@@ -7,7 +7,8 @@ import time
 import uuid
 from typing import TYPE_CHECKING
 
-from gptjet.service.engine.errors import EngineError, EngineStepError
+from gptjet.service.engine.errors import EngineError, EngineStepError, OutOfMemoryError
+from gptjet.service.engine.faults import is_out_of_memory
 from gptjet.service.engine.request import (
     FinishReason,
     Request,
@@ -84,11 +85,16 @@ def summarize(request: Request, sequences: Seq[Sequence], *, can_verify: bool) -
 
 def refusal(request: Request, error: Exception) -> RequestOutput:
     """The one output of a request that failed before it was queued; logs the error."""
+    return ended(request, log_failure(error, request.sampling_params.n))
+
+
+def ended(request: Request, error: EngineError) -> RequestOutput:
+    """The last output of a request that no engine can say more of."""
     sequence = SequenceSummary(index=0, finish_reason=FinishReason.ERROR, completion_tokens=0)
     return RequestOutput(
         request_id=request.request_id,
         finish_reason=FinishReason.ERROR,
-        error=log_failure(error, request.sampling_params.n),
+        error=error,
         summary=RequestSummary(
             request_id=request.request_id,
             prompt_tokens=len(request.prompt_token_ids),
@@ -113,6 +119,8 @@ def log_failure(error: Exception, num_sequences: int) -> EngineStepError:
     )
     # A foreign exception's message stays in the log: it may hold what no caller should see.
     detail = str(error) if isinstance(error, EngineError) else type(error).__name__
+    if is_out_of_memory(error):
+        return OutOfMemoryError(error_id, detail)
     return EngineStepError(error_id, detail)
 
 

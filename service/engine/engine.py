@@ -15,10 +15,12 @@ from gptjet.service.engine.config import EngineConfig
 from gptjet.service.engine.detokenizer import Detokenizer
 from gptjet.service.engine.endings import log_failure, rest_of, summarize
 from gptjet.service.engine.errors import (
+    EngineError,
     FieldViolation,
     InvalidRequestError,
     QueueFullError,
 )
+from gptjet.service.engine.faults import StepGuard
 from gptjet.service.engine.observer import StepWatch
 from gptjet.service.engine.request import (
     FinishReason,
@@ -108,6 +110,7 @@ class Engine:
         self._can_verify = self.spec.paged and self.spec.max_draft_tokens > 0
         self.sampler = Sampler(self.spec.vocab_size, self.spec.eos_token_ids)
         self.scorer = Scorer(backend, self.scheduler, log_failure)
+        self.guard = StepGuard(backend, self.scheduler, self.fail)
         self._requests: dict[int, _RequestState] = {}
         self._request_of: dict[int, _RequestState] = {}  # by sequence_id
         self._deadlines: list[tuple[int, int]] = []  # heap of (deadline_ns, key)
@@ -208,12 +211,23 @@ class Engine:
         return key
 
     def cancel(
-        self, key: int, reason: FinishReason = FinishReason.CANCELLED
+        self,
+        key: int,
+        reason: FinishReason = FinishReason.CANCELLED,
+        error: EngineError | None = None,
     ) -> list[tuple[int, RequestOutput]]:
-        """Stop a request now and free what it holds. An unknown or finished key is fine."""
-        self.scorer.cancel(key, reason)
+        """Stop a request now and free what it holds. An unknown or finished key is fine.
+
+        error  what its caller is told, with FinishReason.ERROR
+        """
+        self.scorer.cancel(key, reason, error)
         state = self._requests.get(key)
-        return [] if state is None else self._abort(state.sequences, reason)
+        return [] if state is None else self._abort(state.sequences, reason, error)
+
+    def is_waiting(self, key: int) -> bool:
+        """Whether a request is queued and nothing of it has run yet."""
+        state = self._requests.get(key)
+        return self.scorer.is_waiting(key) if state is None else not state.started
 
     def step(self) -> list[tuple[int, RequestOutput]]:
         """Advance one batch, or one piece of a score request.
@@ -242,11 +256,7 @@ class Engine:
         now_ns = time.monotonic_ns()
         for sequence in batch.sequences:
             sequence.first_step_ns = sequence.first_step_ns or now_ns
-        try:
-            self._compute(batch, outputs)
-        except Exception as error:  # noqa: BLE001 - whatever a backend raises concerns the
-            # sequences of this step and nobody else; `fail` logs it with its traceback.
-            outputs += self.fail(batch.sequences, error)
+        self.guard.run(batch, self._compute, outputs)
         return outputs
 
     def fail(

@@ -144,11 +144,16 @@ class Scorer:
         )
         self._states[key] = _ScoreState(key, request, on_start, on_end, jobs)
 
-    def cancel(self, key: int, reason: FinishReason) -> None:
+    def cancel(self, key: int, reason: FinishReason, error: EngineError | None = None) -> None:
         """End a request now and free what it holds. An unknown or finished key is fine."""
         state = self._states.get(key)
         if state is not None:
-            self._end(state, ScoreOutcome(finish_reason=reason))
+            self._end(state, ScoreOutcome(finish_reason=reason, error=error))
+
+    def is_waiting(self, key: int) -> bool:
+        """Whether a request is queued and nothing of it has run yet."""
+        state = self._states.get(key)
+        return state is not None and not state.first_piece_ns
 
     def fail_all(self, error: Exception) -> None:
         """End every request with ERROR."""

@@ -142,6 +142,10 @@ def test_the_engines_part_has_the_engines_defaults() -> None:
         "max_sequences": 1,
         "prefix_cache": False,
         "max_prefill_tokens": 64,
+        "max_queue_time_s": 2.5,
+        "max_tokens_in_flight": 5000,
+        "step_timeout_s": 7.5,
+        "max_failed_steps": 3,
     }
     assert ServerConfig(**changed).engine == EngineConfig(**changed)
     assert changed.keys() == EngineConfig.model_fields.keys()
