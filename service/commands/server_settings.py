@@ -24,7 +24,7 @@ from gptjet.service.config import (
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
 
-# The help panels, in the order of the fields. A setting that is not named here is in the last one.
+# The help panels, in their order. A setting that is not named here is in the last one.
 _PANELS = {
     "Model": (
         "model",
@@ -56,6 +56,15 @@ _PANELS = {
         "reflection",
     ),
     "TLS": ("tls_cert", "tls_key", "tls_client_ca"),
+    "Access": (
+        "tokens_file",
+        "open_health",
+        "token_requests_per_minute",
+        "token_tokens_per_minute",
+        "token_concurrent_streams",
+        "access_reload_s",
+    ),
+    "Administration": ("admin_port", "admin_host", "admin_socket"),
 }
 _LAST_PANEL = "Operation"
 
@@ -71,7 +80,7 @@ def with_server_settings(
     The command takes them as one parameter `settings: dict[str, Any]`, holding those that were
     given, ready for `load_config(**settings)`. `panel` overrides the help panel.
     """
-    chosen = names or tuple(ServerConfig.model_fields)
+    chosen = names or _in_the_order_of_the_panels()
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
         signature = inspect.signature(function, eval_str=True)
@@ -163,6 +172,12 @@ def _limits(metadata: Iterable[Any]) -> str:
         case {"le": high}:
             return f"{high} or less"
     return ""
+
+
+def _in_the_order_of_the_panels() -> tuple[str, ...]:
+    """Every setting. The fields come in the order of ServerConfig's parts, which is nobody's."""
+    named = tuple(name for names in _PANELS.values() for name in names)
+    return (*named, *(name for name in ServerConfig.model_fields if name not in named))
 
 
 def _panel_of(name: str) -> str:

@@ -39,6 +39,7 @@ class RequestRecord:
     """What is known of one RPC when it ends; the servicer fills in what only it knows.
 
     `counted` says that it is one of our service's and not a probe; its `method` has no prefix then.
+    `caller` is the name of the bearer token it came with.
     """
 
     method: str
@@ -49,6 +50,7 @@ class RequestRecord:
     code: grpc.StatusCode = grpc.StatusCode.OK
     error: str | None = None
     request_id: str | None = None
+    caller: str | None = None
     prompt: str | None = None
     prompt_tokens: int | None = None
     output_tokens: int | None = None
@@ -90,6 +92,7 @@ class RequestRecord:
             "candidate_tokens": self.candidate_tokens,
             **self._timings(),
             "peer": self.peer,
+            "caller": self.caller,
             "error": self.error,
             "prompt": self.prompt,
         }
