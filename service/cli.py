@@ -30,6 +30,10 @@ class CommandEntry:
 
 COMMANDS = (
     CommandEntry("Server", "serve", "Start the gRPC server."),
+    CommandEntry("Server", "tokens", "Make, list and revoke callers' bearer tokens."),
+    CommandEntry(
+        "Server", "admin", "Administer a running server: status, reload, log level, drain."
+    ),
     CommandEntry("Client", "generate", "Stream one completion in the terminal."),
     CommandEntry(
         "Client", "score", "Say how likely the model finds each of several continuations."

@@ -24,6 +24,7 @@ from gptjet.proto.v1 import text_generation_pb2 as pb
 from gptjet.proto.v1 import text_generation_pb2_grpc as pb_grpc
 from gptjet.service import client_channel as channels
 from gptjet.service import client_messages as messages
+from gptjet.service.client_channel import check_token
 from gptjet.service.client_stream import AsyncGenerationStream, GenerationStream
 from gptjet.service.client_types import (
     CancelledError,
@@ -40,8 +41,11 @@ from gptjet.service.client_types import (
     InvalidRequestError,
     ModelInfo,
     ParityVerdict,
+    PermissionDeniedError,
+    PlaintextTokenError,
     Prompt,
     QueueFullError,
+    QuotaExceededError,
     ResourceExhaustedError,
     RetryPolicy,
     SamplingOptions,
@@ -53,6 +57,7 @@ from gptjet.service.client_types import (
     TokenChunk,
     Tokenization,
     TokenLogprob,
+    UnauthenticatedError,
     UnavailableError,
 )
 
@@ -76,8 +81,11 @@ __all__ = [
     "InvalidRequestError",
     "ModelInfo",
     "ParityVerdict",
+    "PermissionDeniedError",
+    "PlaintextTokenError",
     "Prompt",
     "QueueFullError",
+    "QuotaExceededError",
     "ResourceExhaustedError",
     "RetryPolicy",
     "SamplingOptions",
@@ -89,7 +97,9 @@ __all__ = [
     "TokenChunk",
     "TokenLogprob",
     "Tokenization",
+    "UnauthenticatedError",
     "UnavailableError",
+    "check_token",
 ]
 
 DEFAULT_TIMEOUT_S = 300.0
@@ -106,6 +116,8 @@ class Client:
     retry_queue_full  retry on RESOURCE_EXHAUSTED too, after the time the server names
     metadata          sent with every call; where the caller uses OpenTelemetry, its trace context
                       goes with it
+    token             bearer token, sent with every call; over plain text to this machine only,
+                      unless `allow_plaintext_token` (else PlaintextTokenError, a ValueError)
 
     Each method's `timeout_s` is that call's deadline; `math.inf` is none at all. Methods raise
     GptjetError.
@@ -120,8 +132,11 @@ class Client:
         retry: RetryPolicy | None = _DEFAULT_RETRY,
         retry_queue_full: bool = False,
         metadata: Sequence[tuple[str, str]] = (),
+        token: str | None = None,
+        allow_plaintext_token: bool = False,
     ) -> None:
-        options = channels.channel_options(retry, retry_queue_full, tls)
+        check_token(token, target, tls, allow_plaintext_token)
+        options = channels.channel_options(retry, retry_queue_full, tls, token)
         if tls is None:
             self._channel = grpc.insecure_channel(target, options)
         else:
@@ -129,7 +144,7 @@ class Client:
             self._channel = grpc.secure_channel(target, credentials, options)
         self._target = target
         self._timeout_s = timeout_s
-        self._metadata = tuple(metadata)
+        self._metadata = channels.call_metadata(metadata, token)
         self._stub = pb_grpc.TextGenerationStub(self._channel)
         self._health: Any = health_pb2_grpc.HealthStub(self._channel)
 
@@ -248,8 +263,11 @@ class AsyncClient:
         retry: RetryPolicy | None = _DEFAULT_RETRY,
         retry_queue_full: bool = False,
         metadata: Sequence[tuple[str, str]] = (),
+        token: str | None = None,
+        allow_plaintext_token: bool = False,
     ) -> None:
-        options = channels.channel_options(retry, retry_queue_full, tls)
+        check_token(token, target, tls, allow_plaintext_token)
+        options = channels.channel_options(retry, retry_queue_full, tls, token)
         if tls is None:
             self._channel = grpc.aio.insecure_channel(target, options)
         else:
@@ -257,7 +275,7 @@ class AsyncClient:
             self._channel = grpc.aio.secure_channel(target, credentials, options)
         self._target = target
         self._timeout_s = timeout_s
-        self._metadata = tuple(metadata)
+        self._metadata = channels.call_metadata(metadata, token)
         self._stub = pb_grpc.TextGenerationStub(self._channel)
         self._health: Any = health_pb2_grpc.HealthStub(self._channel)
 

@@ -19,7 +19,6 @@ def configure_logging(level: str = "info", log_format: LogFormat = "console") ->
 
     Safe to call again; the last call holds.
     """
-    number = logging.getLevelNamesMapping()[level.upper()]
     shared: list[Processor] = [
         structlog.contextvars.merge_contextvars,
         structlog.processors.add_log_level,
@@ -36,9 +35,7 @@ def configure_logging(level: str = "info", log_format: LogFormat = "console") ->
     handler.setFormatter(formatter)
     root = logging.getLogger()
     root.handlers = [handler]
-    # Libraries log their chatter at INFO; only their warnings concern an operator.
-    root.setLevel(max(number, logging.WARNING))
-    logging.getLogger("gptjet").setLevel(number)
+    set_level(level)
     structlog.configure(
         processors=[
             structlog.stdlib.filter_by_level,
@@ -49,6 +46,19 @@ def configure_logging(level: str = "info", log_format: LogFormat = "console") ->
         logger_factory=structlog.stdlib.LoggerFactory(),
         cache_logger_on_first_use=False,
     )
+
+
+def set_level(level: str) -> None:
+    """Log what is at least this severe from now on: debug, info, warning or error."""
+    number = logging.getLevelNamesMapping()[level.upper()]
+    # Libraries log their chatter at INFO; only their warnings concern an operator.
+    logging.getLogger().setLevel(max(number, logging.WARNING))
+    logging.getLogger("gptjet").setLevel(number)
+
+
+def current_level() -> str:
+    """The least severe level that is logged."""
+    return logging.getLevelName(logging.getLogger("gptjet").getEffectiveLevel()).lower()
 
 
 def get_logger(name: str) -> structlog.stdlib.BoundLogger:

@@ -68,6 +68,15 @@ _PANELS = {
     ),
     "TLS": ("tls_cert", "tls_key", "tls_client_ca"),
     "Observability": ("metrics_port", "metrics_host", "otlp_endpoint", "trace_sample_ratio"),
+    "Access": (
+        "tokens_file",
+        "open_health",
+        "token_requests_per_minute",
+        "token_tokens_per_minute",
+        "token_concurrent_streams",
+        "access_reload_s",
+    ),
+    "Administration": ("admin_port", "admin_host", "admin_socket"),
 }
 _LAST_PANEL = "Operation"
 

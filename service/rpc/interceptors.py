@@ -42,7 +42,8 @@ class RequestRecord:
     """What is known of one RPC when it ends; the servicer fills in what only it knows.
 
     `counted` says that it is one of our service's and not a probe; its `method` has no prefix then.
-    `trace` is what its engine request carries for whoever makes spans of it.
+    `caller` is the name of the bearer token it came with. `trace` is what its engine request carries
+    for whoever makes spans of it.
     """
 
     method: str
@@ -56,6 +57,7 @@ class RequestRecord:
     trace_id: str | None = None
     span_id: str | None = None
     trace: Any = None
+    caller: str | None = None
     prompt: str | None = None
     prompt_tokens: int | None = None
     output_tokens: int | None = None
@@ -99,6 +101,7 @@ class RequestRecord:
             "candidate_tokens": self.candidate_tokens,
             **self._timings(),
             "peer": self.peer,
+            "caller": self.caller,
             "error": self.error,
             "prompt": self.prompt,
         }

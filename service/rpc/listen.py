@@ -6,12 +6,13 @@ import contextlib
 import errno
 import os
 import socket
-import ssl
 from pathlib import Path
-
-import grpc
+from typing import TYPE_CHECKING
 
 from gptjet.service.config import ServerConfig
+
+if TYPE_CHECKING:
+    import grpc
 
 
 class ListenError(Exception):
@@ -41,27 +42,39 @@ def address(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-def bind(server: grpc.aio.Server, config: ServerConfig) -> int:
-    """Bind the server's port, with TLS if it is set up, and return its number.
+def bind(
+    server: grpc.aio.Server, config: ServerConfig, credentials: grpc.ServerCredentials | None
+) -> int:
+    """Bind the server's port, with TLS if there are credentials, and return its number.
 
     Raises ListenError.
     """
-    target = address(config.host, config.port)
-    _check_address(config.host, config.port)
-    credentials = _credentials(config)
+    return bind_to(server, config.host, config.port, credentials, "--port")
+
+
+def bind_to(
+    server: grpc.aio.Server,
+    host: str,
+    port: int,
+    credentials: grpc.ServerCredentials | None,
+    flag: str,
+) -> int:
+    """Bind any port; `flag` is what chooses another. Raises ListenError."""
+    target = address(host, port)
+    _check_address(host, port, flag)
     try:
         if credentials is None:
-            port = server.add_insecure_port(target)
+            bound = server.add_insecure_port(target)
         else:
-            port = server.add_secure_port(target, credentials)
+            bound = server.add_secure_port(target, credentials)
     except RuntimeError as error:
         raise ListenError(f"cannot listen on {target}: {error}") from error
-    if port == 0:
+    if bound == 0:
         raise ListenError(f"cannot listen on {target}")
-    return port
+    return bound
 
 
-def _check_address(host: str, port: int) -> None:
+def _check_address(host: str, port: int, flag: str) -> None:
     """Try the address with a plain socket first, which says why it fails; gRPC does not."""
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
@@ -77,48 +90,10 @@ def _check_address(host: str, port: int) -> None:
             errors.append(error)
     taken = [error for error in errors if error.errno == errno.EADDRINUSE]
     if taken:
-        raise ListenError(f"port {port} on {host} is in use; choose another with --port")
+        raise ListenError(f"port {port} on {host} is in use; choose another with {flag}")
     if len(errors) == len(found):
         reason = errors[0].strerror or errors[0]
         raise ListenError(f"cannot listen on {address(host, port)}: {reason}")
-
-
-def _credentials(config: ServerConfig) -> grpc.ServerCredentials | None:
-    if config.tls_cert is None or config.tls_key is None:
-        return None
-    certificate, key = _read(config.tls_cert), _read(config.tls_key)
-    client_ca = None if config.tls_client_ca is None else _read(config.tls_client_ca)
-    _check_certificate(config)
-    return grpc.ssl_server_credentials(
-        [(key, certificate)],
-        root_certificates=client_ca,
-        require_client_auth=client_ca is not None,
-    )
-
-
-def _check_certificate(config: ServerConfig) -> None:
-    """Have Python's ssl read the files, which says what is wrong; gRPC fails each handshake."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    assert config.tls_cert is not None
-    try:
-        # A password callback, so that an encrypted key is an error and not a prompt.
-        context.load_cert_chain(config.tls_cert, config.tls_key, password=lambda: "")
-    except (ssl.SSLError, ValueError) as error:
-        raise ListenError(
-            f"{config.tls_cert} and {config.tls_key} are not a certificate and its key: {error}"
-        ) from error
-    if config.tls_client_ca is not None:
-        try:
-            context.load_verify_locations(config.tls_client_ca)
-        except ssl.SSLError as error:
-            raise ListenError(f"{config.tls_client_ca} holds no PEM roots: {error}") from error
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise ListenError(f"{path}: {error.strerror or error}") from error
 
 
 def write_port_file(path: Path, port: int) -> None:

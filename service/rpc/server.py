@@ -26,6 +26,9 @@ from gptjet.service.log import configure_logging, get_logger
 from gptjet.service.observability.errors import ObservabilityError
 from gptjet.service.observability.setup import Observability, set_up
 from gptjet.service.rpc import health, listen
+from gptjet.service.rpc.access.control import AccessControl
+from gptjet.service.rpc.access.errors import AccessError
+from gptjet.service.rpc.admin_server import AdminServer
 from gptjet.service.rpc.interceptors import RequestInterceptor
 from gptjet.service.rpc.listen import ListenError
 from gptjet.service.rpc.servicer import (
@@ -86,15 +89,27 @@ class Server:
         self._rpcs = RequestInterceptor(SERVICE_NAME, self.observability)
         self._servicer = TextGenerationServicer(config, self._rpcs.watch)
         self._grpc: grpc.aio.Server | None = None
+        self._access: AccessControl | None = None
+        self._admin = AdminServer(config, self)
         self._wrote_port_file = False
+        self._started_s = time.monotonic()
+        self._draining = False
+        # Set when it has been told to stop other than by a signal; whoever runs it waits for this.
+        self.stop_asked = asyncio.Event()
+        self._grace_s = config.grace_s
 
     async def start(self) -> None:
         """Listen. Health says NOT_SERVING and requests get UNAVAILABLE until `attach`.
 
         Raises ListenError or ObservabilityError with one line if that cannot be.
         """
+        try:
+            self._access = AccessControl(self.config)
+        except AccessError as error:
+            raise ListenError(str(error)) from error
         server = grpc.aio.server(
-            interceptors=[self._rpcs], options=listen.channel_options(self.config)
+            interceptors=[self._rpcs, *self._access.interceptors({SERVICE_NAME: "generate"})],
+            options=listen.channel_options(self.config),
         )
         pb_grpc.add_TextGenerationServicer_to_server(self._servicer, server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
@@ -102,10 +117,12 @@ class Server:
             reflection.enable_server_reflection(
                 (SERVICE_NAME, "grpc.health.v1.Health", reflection.SERVICE_NAME), server
             )
-        self.port = listen.bind(server, self.config)
+        self.port = listen.bind(server, self.config, self._access.credentials())
         self._grpc = server
         self._serve_metrics()
         await server.start()
+        self._access.start()
+        await self._admin.start()
         if self.config.port_file is not None:
             listen.write_port_file(self.config.port_file, self.port)
             self._wrote_port_file = True
@@ -147,7 +164,8 @@ class Server:
 
         Returns False if a step of the backend did not end, so that its thread is still alive.
         """
-        grace_s = self.config.grace_s if grace_s is None else grace_s
+        grace_s = self._grace_s if grace_s is None else grace_s
+        self._draining = True
         self._health.set_status(health.NOT_SERVING)
         self._servicer.refuse("the server is draining: it takes no new requests")
         ended = True
@@ -160,9 +178,62 @@ class Server:
             # statuses of requests that have just ended are still being sent.
             await self._grpc.stop(_FLUSH_S)
         await self.observability.close()
+        await self._admin.stop()
+        if self._access is not None:
+            await self._access.stop()
         if self._wrote_port_file and self.config.port_file is not None:
             listen.remove_port_file(self.config.port_file)
         return ended
+
+    # --- what its administrator sees and does ---
+
+    @property
+    def access(self) -> AccessControl:
+        """Certificates and tokens; there from `start` on."""
+        assert self._access is not None
+        return self._access
+
+    @property
+    def admin_port(self) -> int:
+        """Where gptjet.v1.Admin listens; 0: on no port."""
+        return self._admin.port
+
+    @property
+    def state(self) -> str:
+        """ "loading", "serving" or "draining"."""
+        if self._draining or self.stop_asked.is_set():
+            return "draining"
+        return "loading" if self.engine is None else "serving"
+
+    @property
+    def running(self) -> int:
+        """Requests that hold a KV cache."""
+        return 0 if self.engine is None else self.engine.num_running
+
+    @property
+    def waiting(self) -> int:
+        """Requests that wait."""
+        return 0 if self.engine is None else self.engine.num_waiting
+
+    def ask_to_stop(self, grace_s: float | None) -> float:
+        """Have whoever runs this server drain it; the grace period that holds, in seconds.
+
+        Asking again changes nothing, nor does asking a server that drains.
+        """
+        if not (self._draining or self.stop_asked.is_set()):
+            self._grace_s = self.config.grace_s if grace_s is None else grace_s
+            self.stop_asked.set()
+        return self._grace_s
+
+    def about(self) -> dict[str, Any]:
+        """What it is, for a person."""
+        return {
+            "server_version": server_version(),
+            "uptime_s": round(time.monotonic() - self._started_s, 3),
+            "model": self.config.model,
+            "backend": "" if self.engine is None else self.engine.spec.name,
+            "address": listen.address(self.config.host, self.port),
+        }
 
     async def _drain_engine(self, engine: AsyncEngine, grace_s: float) -> bool:
         started = time.monotonic()
@@ -191,11 +262,12 @@ async def serve(config: ServerConfig, *, loader: Loader) -> int:
     A second signal ends the process at once. Needs the main thread, for the signals.
     """
     configure_logging(config.log_level, config.log_format)
-    stop = _stop_on_signals()
     try:
         server = Server(config)
     except ObservabilityError as error:
         return _give_up(str(error))
+    stop = server.stop_asked
+    _stop_on_signals(stop)
     try:
         await server.start()
     except (ListenError, ObservabilityError) as error:
@@ -284,19 +356,21 @@ async def _in_daemon_thread(function: Callable[[], Any], name: str) -> Any:
     return await future
 
 
-def _stop_on_signals() -> asyncio.Event:
-    stop = asyncio.Event()
+def _stop_on_signals(stop: asyncio.Event) -> None:
+    signalled = False
 
     def on_signal(number: int) -> None:
-        if stop.is_set():
+        nonlocal signalled
+        # `stop` may be set already by an administrator, whose supervisor's SIGTERM comes after.
+        if signalled:
             _exit_now(128 + number)
+        signalled = True
         logger.info("signal received", signal=signal.Signals(number).name)
         stop.set()
 
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal, number)
-    return stop
 
 
 def _exit_now(code: int) -> None:

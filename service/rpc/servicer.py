@@ -17,6 +17,7 @@ from gptjet.service.engine.async_engine import AsyncEngine, RequestStream
 from gptjet.service.engine.errors import EngineUnavailableError
 from gptjet.service.engine.request import FinishReason, RequestOutput, new_request
 from gptjet.service.rpc import convert
+from gptjet.service.rpc.access import quota
 from gptjet.service.rpc.interceptors import RequestRecord, current_record
 from gptjet.service.rpc.score_request import bounded_ids, score_request_from_pb
 from gptjet.service.rpc.status import DeadlineExceededError
@@ -117,7 +118,11 @@ class TextGenerationServicer(pb_grpc.TextGenerationServicer):
         record.prompt_tokens = len(domain.prompt_token_ids)
         record.candidates = len(domain.candidates)
         record.candidate_tokens = domain.candidate_tokens
+        # Each prompt is computed with every candidate after it.
+        cost = sum(len(prompt) + domain.candidate_tokens for prompt in domain.prompts)
+        quota.reserve_tokens(cost)
         call = engine.submit_score(domain)
+        quota.use_tokens(cost)
         try:
             outcome = await call.outcome()
         except asyncio.CancelledError:
@@ -186,7 +191,11 @@ class TextGenerationServicer(pb_grpc.TextGenerationServicer):
             trace=record.trace,
         )
         self._watch.describe(record, request)
+        # What asks for more than the context is refused by the engine, which says so better.
+        most = min(params.max_new_tokens, engine.spec.max_context)
+        quota.reserve_tokens(len(prompt_token_ids) + min(params.n, self._config.max_n) * most)
         stream = engine.submit(request)
+        quota.use_tokens(len(prompt_token_ids))
         record.output_tokens = 0
         return stream
 
@@ -202,6 +211,7 @@ def _observe(output: RequestOutput, record: RequestRecord) -> None:
     """Note what came, and raise where it is the end of an RPC that did not finish."""
     if not output.is_prompt:
         record.output_tokens = (record.output_tokens or 0) + len(output.token_ids)
+        quota.use_tokens(len(output.token_ids))
     if output.summary is not None:
         record.summary = output.summary
         record.finish_reason = output.summary.finish_reason

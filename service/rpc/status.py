@@ -18,6 +18,11 @@ from gptjet.service.engine.errors import (
     InvalidRequestError,
     QueueFullError,
 )
+from gptjet.service.rpc.access.errors import (
+    PermissionDeniedError,
+    QuotaExceededError,
+    UnauthenticatedError,
+)
 
 if TYPE_CHECKING:
     from google.protobuf.message import Message
@@ -95,6 +100,22 @@ def _retry_after(error: EngineError) -> Sequence[Message]:
     return (error_details_pb2.RetryInfo(retry_delay=delay),)
 
 
+def _quota(error: EngineError) -> Sequence[Message]:
+    assert isinstance(error, QuotaExceededError)
+    failure = error_details_pb2.QuotaFailure()
+    failure.violations.add(
+        subject=f"token:{error.subject}",
+        description=f"{error.quota} is {error.limit}",
+        quota_id=error.quota,
+        quota_value=error.limit,
+    )
+    if error.retry_after_s is None:
+        return (failure,)
+    delay = duration_pb2.Duration()
+    delay.FromMilliseconds(round(error.retry_after_s * 1000))
+    return (failure, error_details_pb2.RetryInfo(retry_delay=delay))
+
+
 def _none(_error: EngineError) -> Sequence[Message]:
     return ()
 
@@ -102,6 +123,9 @@ def _none(_error: EngineError) -> Sequence[Message]:
 _TABLE: dict[type, tuple[grpc.StatusCode, Callable[[EngineError], Sequence[Message]]]] = {
     InvalidRequestError: (grpc.StatusCode.INVALID_ARGUMENT, _invalid),
     QueueFullError: (grpc.StatusCode.RESOURCE_EXHAUSTED, _retry_after),
+    QuotaExceededError: (grpc.StatusCode.RESOURCE_EXHAUSTED, _quota),
+    UnauthenticatedError: (grpc.StatusCode.UNAUTHENTICATED, _none),
+    PermissionDeniedError: (grpc.StatusCode.PERMISSION_DENIED, _none),
     EngineUnavailableError: (grpc.StatusCode.UNAVAILABLE, _retry_after),
     DeadlineExceededError: (grpc.StatusCode.DEADLINE_EXCEEDED, _none),
     EngineStepError: (grpc.StatusCode.INTERNAL, _none),
