@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 from gptjet.benchmarks.chaos.scenario import Findings, Plan
-from gptjet.benchmarks.chaos.server import ChaosServer
+from gptjet.benchmarks.chaos.server import RUNNING, ChaosServer
 from gptjet.benchmarks.server_process import environment_without_settings
 from gptjet.service.client import Client
 
@@ -36,9 +36,7 @@ def run_slow(plan: Plan) -> Findings:
             _answer(reader)
             beside = good_reader_itl_ms(server.target)
             peak_mib = server.memory_mib()
-            cut_after = _seconds_until(
-                lambda: not server.held()["gptjet_requests_running"], 60 * timeout_s
-            )
+            cut_after = _seconds_until(lambda: not server.held()[RUNNING], 60 * timeout_s)
             assert reader.stdin is not None
             reader.stdin.write("\n")
             reader.stdin.flush()
@@ -70,9 +68,9 @@ def run_frozen(plan: Plan) -> Findings:
     with ChaosServer(*flags, backend="mock", model="mock:decode_ms=100,context=2048") as server:
         with _worker("streams", server, streams=streams, tokens=1500, hold=True) as worker:
             _answer(worker)
-            running = server.held()["gptjet_requests_running"]
+            running = server.held()[RUNNING]
             worker.send_signal(signal.SIGSTOP)
-            gone_after = _seconds_until(lambda: not server.held()["gptjet_requests_running"], 30.0)
+            gone_after = _seconds_until(lambda: not server.held()[RUNNING], 30.0)
         held = server.wait_until_idle(1.0)
         found.figures = {"streams": streams, "freed_after_s": gone_after}
         found.equal("streams before", running, streams)

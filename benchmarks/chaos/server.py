@@ -30,7 +30,8 @@ _STOP_S = 40.0
 _SAMPLE = re.compile(r"^([a-zA-Z_:][\w:]*)(\{[^}]*\})?\s+(\S+)$")
 
 # What a server that serves nobody shows as zero.
-HELD = ("gptjet_requests_running", "gptjet_requests_waiting", "gptjet_kv_blocks_used")
+RUNNING = "gptjet_num_requests_running"
+HELD = (RUNNING, "gptjet_num_requests_waiting", 'gptjet_kv_blocks{state="used"}')
 
 
 def free_port() -> int:
@@ -149,7 +150,7 @@ class ChaosServer:
     # ---- what it holds --------------------------------------------------------------------------
 
     def metrics(self) -> dict[str, float]:
-        """Every metric, summed over its labels. Raises OSError where there is no answer."""
+        """See `parse_metrics`. Raises OSError where there is no answer."""
         url = f"http://127.0.0.1:{self.metrics_port}/metrics"
         with urllib.request.urlopen(url, timeout=10) as answer:
             return parse_metrics(answer.read().decode())
@@ -196,10 +197,12 @@ class ChaosServer:
 
 
 def parse_metrics(text: str) -> dict[str, float]:
-    """The samples of Prometheus' text format, summed over their labels."""
+    """The samples of Prometheus' text format, by name with labels, and summed by name alone."""
     values: dict[str, float] = {}
     for line in text.splitlines():
         match = _SAMPLE.match(line)
         if match and not line.startswith("#"):
             values[match[1]] = values.get(match[1], 0.0) + float(match[3])
+            if match[2]:
+                values[match[1] + match[2]] = float(match[3])
     return values

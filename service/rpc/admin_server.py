@@ -13,6 +13,7 @@ import grpc
 from gptjet.proto.v1 import admin_pb2_grpc as pb_grpc
 from gptjet.service.config import ServerConfig
 from gptjet.service.log import get_logger
+from gptjet.service.observability.setup import Observability
 from gptjet.service.rpc import listen
 from gptjet.service.rpc.admin import ADMIN_SERVICE_NAME, Administered, AdminServicer
 from gptjet.service.rpc.interceptors import RequestInterceptor
@@ -72,7 +73,7 @@ class AdminServer:
             await server.stop(_FLUSH_S)
 
     def _new_server(self, access: list[grpc.aio.ServerInterceptor]) -> grpc.aio.Server:
-        rpcs = RequestInterceptor(ADMIN_SERVICE_NAME)
+        rpcs = RequestInterceptor(ADMIN_SERVICE_NAME, Observability())
         server = grpc.aio.server(
             interceptors=[rpcs, *access], options=listen.channel_options(self._config)
         )

@@ -42,8 +42,8 @@ class RequestRecord:
     """What is known of one RPC when it ends; the servicer fills in what only it knows.
 
     `counted` says that it is one of our service's and not a probe; its `method` has no prefix then.
-    `caller` is the name of the bearer token it came with. `trace` is what its engine request carries
-    for whoever makes spans of it.
+    `caller` is the name of the bearer token it came with. `trace` is what its engine request
+    carries for whoever makes spans of it.
     """
 
     method: str

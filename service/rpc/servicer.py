@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from gptjet.proto.v1 import text_generation_pb2 as pb
 from gptjet.proto.v1 import text_generation_pb2_grpc as pb_grpc
 from gptjet.service.config import ServerConfig
-from gptjet.service.engine.async_engine import AsyncEngine, RequestStream
+from gptjet.service.engine.async_engine import AsyncEngine
 from gptjet.service.engine.errors import EngineUnavailableError
 from gptjet.service.engine.request import FinishReason, RequestOutput, new_request
+from gptjet.service.engine.request_stream import RequestStream
 from gptjet.service.rpc import convert
 from gptjet.service.rpc.access import quota
 from gptjet.service.rpc.interceptors import RequestRecord, current_record

@@ -47,7 +47,12 @@ def test_bytes_of_a_request_are_what_the_contract_reads() -> None:
 
 def test_metrics_are_summed_over_their_labels_and_comments_left_out() -> None:
     text = '# HELP a b\n# TYPE a gauge\na{x="1"} 2.0\na{x="2"} 3\nb_total 1e3\nname with spaces 4\n'
-    assert parse_metrics(text) == {"a": 5.0, "b_total": 1000.0}
+    assert parse_metrics(text) == {
+        "a": 5.0,
+        'a{x="1"}': 2.0,
+        'a{x="2"}': 3.0,
+        "b_total": 1000.0,
+    }
 
 
 def test_half_of_the_streams_leave_each_at_a_moment_of_its_own() -> None:
