@@ -86,7 +86,7 @@ class LimitsConfig(BaseModel):
         default=None,
         ge=1.0,
         le=31_536_000.0,
-        description="ask callers to connect anew after so long, for a load balancer to spread them; "
+        description="ask callers to connect anew after so long, for a load balancer to spread; "
         "running calls finish (unset: never, since one server has nothing to spread)",
     )
 

@@ -73,7 +73,7 @@ def _tokens(file: Path, verb: str, name: str) -> str:
     """What `gptjet tokens` prints: of `create`, the token."""
     command = [
         *(sys.executable, "-m", "gptjet.service.cli", "tokens", verb, name),
-        f"--tokens-file={file}",
+        f"--file={file}",
     ]
     done = subprocess.run(
         command, capture_output=True, text=True, check=True, env=environment_without_settings()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 from gptjet.service.engine.errors import BackendLoadError
 
@@ -64,8 +65,9 @@ def settings_of(model: str) -> MockSettings:
                 f"model {model!r}: {part.strip()!r} is no setting of the mock: give some of "
                 f"{', '.join(defaults)}, such as mock:prefill_ms=20,decode_ms=5"
             )
-        is_delay = isinstance(defaults[name], float)
-        settings = replace(settings, **{name: (_delay if is_delay else _count)(model, name, text)})
+        read = _delay if isinstance(defaults[name], float) else _count
+        given: dict[str, Any] = {name: read(model, name, text)}
+        settings = replace(settings, **given)
     return settings
 
 

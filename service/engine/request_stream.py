@@ -24,8 +24,8 @@ class RequestStream:
     """The outputs of one request, as they come. Iterate it once; `aclose` or `cancel` to leave.
 
     It belongs to the event loop that submitted the request. Outputs of a sequence that its reader
-    is behind with are joined: fewer and longer ones, with nothing lost. `unread_tokens` are those that
-    wait to be read; `watch_unread` says when there are too many.
+    is behind with are joined: fewer and longer ones, with nothing lost. `unread_tokens` are those
+    that wait to be read; `watch_unread` says when there are too many.
     """
 
     def __init__(self, request: Request, on_cancel: Callable[[RequestStream, FinishReason], None]):
@@ -53,7 +53,7 @@ class RequestStream:
         return output
 
     def watch_unread(self, max_unread_tokens: int, on_too_many: Callable[[], None]) -> None:
-        """Call `on_too_many` once, when more than `max_unread_tokens` wait to be read."""
+        """Call `on_too_many` with every output that finds more than `max_unread_tokens` waiting."""
         self._max_unread_tokens, self._on_too_many = max_unread_tokens, on_too_many
 
     def cancel(self, reason: FinishReason = FinishReason.CANCELLED) -> None:
@@ -88,8 +88,7 @@ class RequestStream:
         else:
             self._outputs[place] = _join(self._outputs[place], output)
         if self.unread_tokens > self._max_unread_tokens and self._on_too_many is not None:
-            on_too_many, self._on_too_many = self._on_too_many, None
-            on_too_many()
+            self._on_too_many()
 
     def _place_to_join(self, output: RequestOutput) -> int | None:
         """Index of the waiting output that this one may be joined to; None: it stands by itself.

@@ -14,6 +14,10 @@ from gptjet.service.config import ServerConfig
 if TYPE_CHECKING:
     import grpc
 
+_OVERSIZE_BYTES = 1024 * 1024
+# gRPC's own word for it: the largest 32-bit number.
+_NEVER_MS = 2**31 - 1
+
 
 class ListenError(Exception):
     """The server cannot listen as it was told; the message is one line for a person."""
@@ -23,18 +27,31 @@ def channel_options(config: ServerConfig) -> list[tuple[str, int]]:
     """gRPC's own settings."""
     return [
         # On by default: a second server on the same port would start and take half the requests.
-        ("grpc.so_reuseport", 0),
-        ("grpc.max_receive_message_length", config.max_message_bytes),
+        ("grpc.so_reuseport", int(config.reuse_port)),
+        # The interceptor refuses what is too large by the setting's name; what is far too large
+        # is not taken in for that.
+        ("grpc.max_receive_message_length", config.max_message_bytes + _OVERSIZE_BYTES),
         # Answers are as long as the request asked for, which is bounded already.
         ("grpc.max_send_message_length", -1),
         ("grpc.keepalive_time_ms", round(config.keepalive_time_s * 1000)),
         ("grpc.keepalive_timeout_ms", round(config.keepalive_timeout_s * 1000)),
         ("grpc.keepalive_permit_without_calls", 1),
+        # Keep pinging through a long queue or prompt, when nothing else is sent.
+        ("grpc.http2.max_pings_without_data", 0),
+        ("grpc.max_concurrent_streams", config.max_concurrent_streams),
+        ("grpc.max_allowed_incoming_connections", config.max_connections),
+        ("grpc.server_handshake_timeout_ms", round(config.handshake_timeout_s * 1000)),
+        ("grpc.max_connection_idle_ms", _ms_or_never(config.max_connection_idle_s)),
+        ("grpc.max_connection_age_ms", _ms_or_never(config.max_connection_age_s)),
         (
             "grpc.http2.min_ping_interval_without_data_ms",
             round(config.min_ping_interval_s * 1000),
         ),
     ]
+
+
+def _ms_or_never(seconds: float | None) -> int:
+    return _NEVER_MS if seconds is None else min(round(seconds * 1000), _NEVER_MS)
 
 
 def address(host: str, port: int) -> str:
@@ -49,7 +66,9 @@ def bind(
 
     Raises ListenError.
     """
-    return bind_to(server, config.host, config.port, credentials, "--port")
+    return bind_to(
+        server, config.host, config.port, credentials, "--port", reuse_port=config.reuse_port
+    )
 
 
 def bind_to(
@@ -58,10 +77,12 @@ def bind_to(
     port: int,
     credentials: grpc.ServerCredentials | None,
     flag: str,
+    *,
+    reuse_port: bool = False,
 ) -> int:
     """Bind any port; `flag` is what chooses another. Raises ListenError."""
     target = address(host, port)
-    _check_address(host, port, flag)
+    check_address(host, port, flag, reuse_port=reuse_port)
     try:
         if credentials is None:
             bound = server.add_insecure_port(target)
@@ -74,8 +95,11 @@ def bind_to(
     return bound
 
 
-def _check_address(host: str, port: int, flag: str) -> None:
-    """Try the address with a plain socket first, which says why it fails; gRPC does not."""
+def check_address(host: str, port: int, flag: str, *, reuse_port: bool = False) -> None:
+    """Try the address with a plain socket first, which says why it fails; gRPC does not.
+
+    Raises ListenError.
+    """
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except OSError as error:
@@ -85,6 +109,8 @@ def _check_address(host: str, port: int, flag: str) -> None:
         try:
             with socket.socket(family, kind, protocol) as probe:
                 probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                if reuse_port:
+                    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
                 probe.bind(socket_address)
         except OSError as error:
             errors.append(error)

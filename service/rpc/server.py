@@ -41,7 +41,7 @@ from gptjet.service.rpc.text import TextCodec
 
 logger = get_logger(__name__)
 
-EXIT_OK, EXIT_FAILURE, EXIT_USAGE = 0, 1, 2
+EXIT_OK, EXIT_FAILURE, EXIT_USAGE, EXIT_ENGINE = 0, 1, 2, 6
 
 # After the grace period: to send what is finished, and for the step that is running to end.
 _FLUSH_S = 1.0
@@ -70,7 +70,7 @@ Loader = Callable[[ServerConfig], LoadedModel]
 class Server:
     """A gRPC server of one model, without signals and exit codes: `start`, `attach`, `drain`.
 
-    Belongs to the event loop it is made in.
+    `failed` is set when its engine has failed for good. Belongs to the event loop it is made in.
     """
 
     def __init__(self, config: ServerConfig, observability: Observability | None = None) -> None:
@@ -86,8 +86,15 @@ class Server:
             methods=METHOD_NAMES,
             is_serving=lambda: self._health.is_serving,
         )
-        self._rpcs = RequestInterceptor(SERVICE_NAME, self.observability)
+        self._rpcs = RequestInterceptor(
+            SERVICE_NAME,
+            self.observability,
+            max_rpcs=config.max_concurrent_rpcs,
+            max_message_bytes=config.max_message_bytes,
+        )
         self._servicer = TextGenerationServicer(config, self._rpcs.watch)
+        self.failed = asyncio.Event()
+        self._watching_engine: asyncio.Task[None] | None = None
         self._grpc: grpc.aio.Server | None = None
         self._access: AccessControl | None = None
         self._admin = AdminServer(config, self)
@@ -101,12 +108,24 @@ class Server:
     async def start(self) -> None:
         """Listen. Health says NOT_SERVING and requests get UNAVAILABLE until `attach`.
 
-        Raises ListenError or ObservabilityError with one line if that cannot be.
+        With reuse_port, `attach` listens instead: another server on the port serves until then, and
+        half of its callers would come here. Raises ListenError or ObservabilityError with one line
+        if that cannot be.
         """
         try:
             self._access = AccessControl(self.config)
         except AccessError as error:
             raise ListenError(str(error)) from error
+        self._serve_metrics()
+        if self.config.reuse_port:
+            listen.check_address(self.config.host, self.config.port, "--port", reuse_port=True)
+        else:
+            await self._listen()
+        self._access.start()
+        await self._admin.start()
+
+    async def _listen(self) -> None:
+        assert self._access is not None, "`start` made it"
         server = grpc.aio.server(
             interceptors=[self._rpcs, *self._access.interceptors({SERVICE_NAME: "generate"})],
             options=listen.channel_options(self.config),
@@ -119,10 +138,7 @@ class Server:
             )
         self.port = listen.bind(server, self.config, self._access.credentials())
         self._grpc = server
-        self._serve_metrics()
         await server.start()
-        self._access.start()
-        await self._admin.start()
         if self.config.port_file is not None:
             listen.write_port_file(self.config.port_file, self.port)
             self._wrote_port_file = True
@@ -141,7 +157,10 @@ class Server:
         logger.info("metrics", url=f"http://{listen.address(config.metrics_host, port)}/metrics")
 
     async def attach(self, backend: Backend, tokenizer: Tokenizer) -> None:
-        """Warm a loaded model up and serve it. Raises what `Backend.warm_up` raises."""
+        """Warm a loaded model up and serve it.
+
+        Raises what `Backend.warm_up` raises, and with reuse_port what `start` raises.
+        """
         engine = AsyncEngine(
             backend,
             tokenizer,
@@ -157,15 +176,27 @@ class Server:
         self.engine, self._codec = engine, codec
         self.observability.attach(engine, self.config.model)
         self._servicer.attach(engine, codec)
+        self._watching_engine = asyncio.create_task(self._watch(engine))
         self._health.set_status(health.SERVING)
+        if self._grpc is None:
+            await self._listen()
+
+    async def _watch(self, engine: AsyncEngine) -> None:
+        await engine.failed.wait()
+        self._health.set_status(health.NOT_SERVING)
+        self._servicer.refuse(engine.failure or "")
+        self.failed.set()
 
     async def drain(self, grace_s: float | None = None) -> bool:
         """Refuse new requests, let running ones finish within `grace_s`, then stop.
 
+        With reuse_port nothing is refused while another server may take it: see `_hand_over`.
         Returns False if a step of the backend did not end, so that its thread is still alive.
         """
         grace_s = self._grace_s if grace_s is None else grace_s
         self._draining = True
+        if self.config.reuse_port and self._grpc is not None and not self.failed.is_set():
+            grace_s = await self._hand_over(self._grpc, grace_s)
         self._health.set_status(health.NOT_SERVING)
         self._servicer.refuse("the server is draining: it takes no new requests")
         ended = True
@@ -173,14 +204,16 @@ class Server:
             ended = await self._drain_engine(self.engine, grace_s)
         if self._codec is not None:
             self._codec.close()
+        self._health.end_watches()
         if self._grpc is not None:
-            # Health watchers never end by themselves, so this waits for them in vain; and the
-            # statuses of requests that have just ended are still being sent.
+            # The statuses of requests that have just ended are still being sent.
             await self._grpc.stop(_FLUSH_S)
         await self.observability.close()
         await self._admin.stop()
         if self._access is not None:
             await self._access.stop()
+        if self._watching_engine is not None:
+            self._watching_engine.cancel()
         if self._wrote_port_file and self.config.port_file is not None:
             listen.remove_port_file(self.config.port_file)
         return ended
@@ -235,6 +268,22 @@ class Server:
             "address": listen.address(self.config.host, self.port),
         }
 
+    async def _hand_over(self, server: grpc.aio.Server, grace_s: float) -> float:
+        """Leave the port to the other servers on it; returns what is left of the grace period.
+
+        The listening socket is closed, so that the kernel gives new connections to the others, and
+        every connection gets GOAWAY: its callers connect anew with their next request, while those
+        that are under way, and those that cross the GOAWAY, are served here to their end.
+        """
+        started = time.monotonic()
+        logger.info("handing over", grace_s=grace_s)
+        self._health.end_watches()
+        # Longer than it is waited for: what is left then is ended by the engine, with a reason.
+        stopping = asyncio.create_task(server.stop(grace_s + _STEP_S))
+        await asyncio.wait({stopping}, timeout=grace_s)
+        logger.info("handed over", all_finished=stopping.done())
+        return max(0.0, grace_s - (time.monotonic() - started))
+
     async def _drain_engine(self, engine: AsyncEngine, grace_s: float) -> bool:
         started = time.monotonic()
         logger.info(
@@ -259,6 +308,8 @@ async def serve(config: ServerConfig, *, loader: Loader) -> int:
     """Run a server until SIGTERM or SIGINT and return the process's exit code.
 
     0: drained. 1: a bug. 2: the model, the port or a file does not allow it; one line was logged.
+    6: the engine has failed for good, by a step that hangs or a thread that died; callers were
+    told, and health said NOT_SERVING for failure_grace_s.
     A second signal ends the process at once. Needs the main thread, for the signals.
     """
     configure_logging(config.log_level, config.log_format)
@@ -275,17 +326,23 @@ async def serve(config: ServerConfig, *, loader: Loader) -> int:
         return _give_up(str(error))
     bringing_up = asyncio.create_task(_bring_up(server, loader))
     stopping = asyncio.create_task(stop.wait())
+    failing = asyncio.create_task(server.failed.wait())
     await asyncio.wait({bringing_up, stopping}, return_when=asyncio.FIRST_COMPLETED)
     code = EXIT_OK
     if bringing_up.done():
         code = bringing_up.result()
         if code == EXIT_OK:
-            await stopping
+            await asyncio.wait({stopping, failing}, return_when=asyncio.FIRST_COMPLETED)
+    if server.failed.is_set():
+        await asyncio.wait({stopping}, timeout=config.failure_grace_s)
     bringing_up.cancel()
     stopping.cancel()
-    await asyncio.gather(bringing_up, stopping, return_exceptions=True)
+    failing.cancel()
+    await asyncio.gather(bringing_up, stopping, failing, return_exceptions=True)
     if not await server.drain():
         code = EXIT_FAILURE
+    if server.failed.is_set():
+        code = EXIT_ENGINE
     logger.info("stopped", exit_code=code)
     return code
 
@@ -312,7 +369,7 @@ async def _bring_up(server: Server, loader: Loader) -> int:
     try:
         loaded = await _in_daemon_thread(lambda: loader(config), _THREAD_PREFIX + "loader")
         await server.attach(loaded.backend, loaded.tokenizer)
-    except BackendLoadError as error:
+    except (BackendLoadError, ListenError) as error:
         return _give_up(str(error))
     except Exception as error:
         logger.error("loading failed", exc_info=error)

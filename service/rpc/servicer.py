@@ -20,6 +20,7 @@ from gptjet.service.engine.request_stream import RequestStream
 from gptjet.service.rpc import convert
 from gptjet.service.rpc.access import quota
 from gptjet.service.rpc.interceptors import RequestRecord, current_record
+from gptjet.service.rpc.patience import PatientWriter
 from gptjet.service.rpc.score_request import bounded_ids, score_request_from_pb
 from gptjet.service.rpc.status import DeadlineExceededError
 from gptjet.service.rpc.text import TextCodec
@@ -86,16 +87,17 @@ class TextGenerationServicer(pb_grpc.TextGenerationServicer):
     ) -> None:
         """One message a step and sequence, then the summary."""
         stream = await self._submit(request)
+        writer = PatientWriter(context, stream, self._config)
         record = current_record()
         try:
             async for output in stream:
                 _observe(output, record)
                 if output.text or output.token_ids:
                     chunk = convert.chunk_to_pb(output)
-                    await context.write(pb.GenerateStreamResponse(chunk=chunk))
+                    await writer.write(pb.GenerateStreamResponse(chunk=chunk))
                 if output.summary is not None:
                     summary = convert.summary_to_pb(output.summary)
-                    await context.write(pb.GenerateStreamResponse(summary=summary))
+                    await writer.write(pb.GenerateStreamResponse(summary=summary))
         finally:
             _leave(stream, record)
 

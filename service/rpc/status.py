@@ -16,7 +16,11 @@ from gptjet.service.engine.errors import (
     EngineStepError,
     EngineUnavailableError,
     InvalidRequestError,
+    OutOfMemoryError,
     QueueFullError,
+    QueueTimeError,
+    SlowReaderError,
+    TokensInFlightError,
 )
 from gptjet.service.rpc.access.errors import (
     PermissionDeniedError,
@@ -44,6 +48,27 @@ class DeadlineExceededError(EngineError):
 
     def __init__(self) -> None:
         super().__init__("the deadline passed before the request was finished")
+
+
+class TooManyRpcsError(EngineError):
+    """As many calls as there may be are being served; try again after `retry_after_s` seconds."""
+
+    def __init__(self, max_concurrent_rpcs: int) -> None:
+        self.retry_after_s = 1.0
+        super().__init__(
+            f"{max_concurrent_rpcs} calls are being served (max_concurrent_rpcs); "
+            f"try again in {self.retry_after_s:.1f} s"
+        )
+
+
+class MessageTooLargeError(EngineError):
+    """The request has more bytes than the server takes."""
+
+    def __init__(self, num_bytes: int, max_message_bytes: int) -> None:
+        super().__init__(
+            f"the request has {num_bytes} bytes; at most {max_message_bytes} are taken "
+            "(max_message_bytes)"
+        )
 
 
 class InternalError(EngineError):
@@ -94,9 +119,8 @@ def _invalid(error: EngineError) -> Sequence[Message]:
 
 
 def _retry_after(error: EngineError) -> Sequence[Message]:
-    assert isinstance(error, QueueFullError | EngineUnavailableError)
     delay = duration_pb2.Duration()
-    delay.FromMilliseconds(round(error.retry_after_s * 1000))
+    delay.FromMilliseconds(round(getattr(error, "retry_after_s", 0.0) * 1000))
     return (error_details_pb2.RetryInfo(retry_delay=delay),)
 
 
@@ -126,6 +150,12 @@ _TABLE: dict[type, tuple[grpc.StatusCode, Callable[[EngineError], Sequence[Messa
     QuotaExceededError: (grpc.StatusCode.RESOURCE_EXHAUSTED, _quota),
     UnauthenticatedError: (grpc.StatusCode.UNAUTHENTICATED, _none),
     PermissionDeniedError: (grpc.StatusCode.PERMISSION_DENIED, _none),
+    QueueTimeError: (grpc.StatusCode.RESOURCE_EXHAUSTED, _retry_after),
+    TokensInFlightError: (grpc.StatusCode.RESOURCE_EXHAUSTED, _retry_after),
+    TooManyRpcsError: (grpc.StatusCode.RESOURCE_EXHAUSTED, _retry_after),
+    MessageTooLargeError: (grpc.StatusCode.RESOURCE_EXHAUSTED, _none),
+    SlowReaderError: (grpc.StatusCode.RESOURCE_EXHAUSTED, _none),
+    OutOfMemoryError: (grpc.StatusCode.RESOURCE_EXHAUSTED, _none),
     EngineUnavailableError: (grpc.StatusCode.UNAVAILABLE, _retry_after),
     DeadlineExceededError: (grpc.StatusCode.DEADLINE_EXCEEDED, _none),
     EngineStepError: (grpc.StatusCode.INTERNAL, _none),
