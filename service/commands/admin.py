@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
@@ -21,6 +21,7 @@ from gptjet.service.commands.terminal import ExitCode, fail, print_note
 from gptjet.service.config import ADMIN_VARIABLE
 
 if TYPE_CHECKING:
+    from gptjet.service.client import GptjetError
     from gptjet.service.client_admin import AdminClient, Status, TokenStatus
 
 _CONTEXT = {"help_option_names": ["-h", "--help"]}
@@ -191,7 +192,7 @@ def _connect(where: AdminFlags, security: SecurityFlags) -> Iterator[AdminClient
             _end_with(error, where)
 
 
-def _end_with(error: Any, where: AdminFlags) -> None:
+def _end_with(error: GptjetError, where: AdminFlags) -> NoReturn:
     import grpc
 
     match error.code:

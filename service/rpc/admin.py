@@ -126,7 +126,7 @@ class AdminServicer(pb_grpc.AdminServicer):
         previous = current_level()
         set_level(level)
         # A warning, so that it is seen at any level but error: who turned the log off?
-        logger.warning("log level changed", previous=previous, level=level)
+        logger.warning("log level changed", previous=previous, now=level)
         return pb.SetLogLevelResponse(previous=_level_to_pb(previous))
 
     async def GetStatus(  # noqa: N802
