@@ -158,7 +158,7 @@ class Client:
         timeout = channels.deadline(timeout_s, self._timeout_s)
         return GenerationStream(
             self._stub.GenerateStream(
-                request, timeout=timeout, metadata=channels.call_metadata(self._metadata)
+                request, timeout=timeout, metadata=channels.with_trace_context(self._metadata)
             )
         )
 
@@ -230,7 +230,7 @@ class Client:
     def _call(self, method: Any, request: Any, timeout_s: float | None) -> Any:
         timeout = channels.deadline(timeout_s, self._timeout_s)
         try:
-            metadata = channels.call_metadata(self._metadata)
+            metadata = channels.with_trace_context(self._metadata)
             return method(request, timeout=timeout, metadata=metadata)
         except grpc.RpcError as error:
             raise channels.from_rpc_error(error) from error
@@ -288,7 +288,7 @@ class AsyncClient:
         timeout = channels.deadline(timeout_s, self._timeout_s)
         return AsyncGenerationStream(
             self._stub.GenerateStream(
-                request, timeout=timeout, metadata=channels.call_metadata(self._metadata)
+                request, timeout=timeout, metadata=channels.with_trace_context(self._metadata)
             )
         )
 
@@ -356,7 +356,7 @@ class AsyncClient:
         timeout = channels.deadline(timeout_s, self._timeout_s)
         try:
             return await method(
-                request, timeout=timeout, metadata=channels.call_metadata(self._metadata)
+                request, timeout=timeout, metadata=channels.with_trace_context(self._metadata)
             )
         except grpc.RpcError as error:
             raise channels.from_rpc_error(error) from error

@@ -90,7 +90,7 @@ def _pem(source: Path | bytes | None) -> bytes | None:
     return source.read_bytes() if isinstance(source, Path) else source
 
 
-def call_metadata(metadata: tuple[tuple[str, str], ...]) -> tuple[tuple[str, str], ...]:
+def with_trace_context(metadata: tuple[tuple[str, str], ...]) -> tuple[tuple[str, str], ...]:
     """`metadata`, and the trace context of a caller that uses OpenTelemetry.
 
     Its own propagator decides what that is: W3C's traceparent, unless it was set up otherwise.

@@ -61,14 +61,6 @@ _PANELS = {
 _LAST_PANEL = "Operation"
 
 
-def _in_order() -> tuple[str, ...]:
-    """Those of the panels, then the rest: the order in which people are shown them."""
-    named = [name for names in _PANELS.values() for name in names]
-    return (*named, *(name for name in ServerConfig.model_fields if name not in named))
-
-
-SETTINGS = _in_order()
-
 # What loading a model needs, for commands that do it without a server.
 MODEL_SETTINGS = _PANELS["Model"]
 
@@ -81,7 +73,7 @@ def with_server_settings(
     The command takes them as one parameter `settings: dict[str, Any]`, holding those that were
     given, ready for `load_config(**settings)`. `panel` overrides the help panel.
     """
-    chosen = names or SETTINGS
+    chosen = names or _in_the_order_of_the_panels()
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
         signature = inspect.signature(function, eval_str=True)
@@ -120,7 +112,7 @@ def sources(config_file: Path | None, settings: Mapping[str, Any]) -> dict[str, 
             return variable
         return str(file) if name in in_file else "default"
 
-    return {name: source(name) for name in SETTINGS}
+    return {name: source(name) for name in _in_the_order_of_the_panels()}
 
 
 def flag_name(setting: str) -> str:
@@ -173,6 +165,12 @@ def _limits(metadata: Iterable[Any]) -> str:
         case {"le": high}:
             return f"{high} or less"
     return ""
+
+
+def _in_the_order_of_the_panels() -> tuple[str, ...]:
+    """Every setting. The fields come in the order of ServerConfig's parts, which is nobody's."""
+    named = tuple(name for names in _PANELS.values() for name in names)
+    return (*named, *(name for name in ServerConfig.model_fields if name not in named))
 
 
 def _panel_of(name: str) -> str:

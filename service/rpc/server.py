@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import signal
 import sys
@@ -190,7 +191,7 @@ async def serve(config: ServerConfig, *, loader: Loader) -> int:
     0: drained. 1: a bug. 2: the model, the port or a file does not allow it; one line was logged.
     A second signal ends the process at once. Needs the main thread, for the signals.
     """
-    configure_logging(config.log_level, config.log_format)
+    configure_logging(config.log_level, config.log_format, background=True)
     stop = _stop_on_signals()
     try:
         server = Server(config)
@@ -300,8 +301,10 @@ def _stop_on_signals() -> asyncio.Event:
 
 
 def _exit_now(code: int) -> None:
-    sys.stdout.flush()
-    sys.stderr.flush()
+    logging.shutdown()  # the last lines are still being written
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # closed, or its disk is full
+            stream.flush()
     os._exit(code)
 
 
