@@ -8,16 +8,24 @@ from typing import TYPE_CHECKING, Literal
 
 import structlog
 
+from gptjet.service.log_writer import BackgroundHandler
+
 if TYPE_CHECKING:
     from structlog.typing import Processor
 
 LogFormat = Literal["console", "json"]
 
+_STDERR_FD = 2
 
-def configure_logging(level: str = "info", log_format: LogFormat = "console") -> None:
+
+def configure_logging(
+    level: str = "info", log_format: LogFormat = "console", *, background: bool = False
+) -> None:
     """Send structlog's and the standard library's records to stderr in `log_format`.
 
-    Safe to call again; the last call holds.
+    `background`: from a thread, so that a log that cannot be written holds no request up; it
+    writes to standard error's descriptor, whatever `sys.stderr` is. Safe to call again; the last
+    call holds.
     """
     shared: list[Processor] = [
         structlog.contextvars.merge_contextvars,
@@ -31,9 +39,13 @@ def configure_logging(level: str = "info", log_format: LogFormat = "console") ->
             *_renderers(log_format),
         ],
     )
-    handler = logging.StreamHandler(sys.stderr)
+    handler: logging.Handler
+    handler = BackgroundHandler(_STDERR_FD) if background else logging.StreamHandler(sys.stderr)
     handler.setFormatter(formatter)
     root = logging.getLogger()
+    for old in root.handlers:
+        if isinstance(old, BackgroundHandler):
+            old.close()
     root.handlers = [handler]
     set_level(level)
     structlog.configure(
@@ -59,6 +71,12 @@ def set_level(level: str) -> None:
 def current_level() -> str:
     """The least severe level that is logged."""
     return logging.getLevelName(logging.getLogger("gptjet").getEffectiveLevel()).lower()
+
+
+def dropped_lines() -> int:
+    """Log lines that could not be written since logging was configured."""
+    handlers = logging.getLogger().handlers
+    return sum(one.dropped for one in handlers if isinstance(one, BackgroundHandler))
 
 
 def get_logger(name: str) -> structlog.stdlib.BoundLogger:

@@ -351,7 +351,7 @@ class AsyncEngine:
                 call.request, lambda: self._tell_loop(self._admission.start, call), end
             )
         except Exception as error:  # noqa: BLE001 - logged by refused_score, told to the caller
-            end(refused_score(error))
+            end(refused_score(call.request, error))
             return
         self._score_key_of[call] = key
 

@@ -266,7 +266,8 @@ class Engine:
         if sequences is None:
             self.scorer.fail_all(error)
             sequences = tuple(s for state in self._requests.values() for s in state.sequences)
-        return self._abort(sequences, FinishReason.ERROR, log_failure(error, len(sequences)))
+        told = log_failure(error, [sequence.request.request_id for sequence in sequences])
+        return self._abort(sequences, FinishReason.ERROR, told)
 
     def _run_score_piece(self) -> bool:
         ran = self.scorer.run_piece()

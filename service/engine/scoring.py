@@ -87,9 +87,9 @@ class Scorer:
         self,
         backend: Backend,
         scheduler: Scheduler,
-        fail: Callable[[Exception, int], EngineStepError],
+        fail: Callable[[Exception, Sequence[str]], EngineStepError],
     ) -> None:
-        """`fail` logs what went wrong for so many callers and makes the error they are told."""
+        """`fail` logs what went wrong for requests of these ids, and makes what they are told."""
         self._backend = backend
         self._spec: BackendSpec = backend.spec
         self._scheduler = scheduler
@@ -158,7 +158,7 @@ class Scorer:
     def fail_all(self, error: Exception) -> None:
         """End every request with ERROR."""
         if self._states:
-            told = self._fail(error, len(self._states))
+            told = self._fail(error, [s.request.request_id for s in self._states.values()])
             for state in list(self._states.values()):
                 self._end(state, ScoreOutcome(finish_reason=FinishReason.ERROR, error=told))
 
@@ -186,7 +186,7 @@ class Scorer:
             self._advance(state)
         except Exception as error:  # noqa: BLE001 - whatever a backend raises concerns this
             # request and nobody else; `fail` logs it with its traceback.
-            told = self._fail(error, 1)
+            told = self._fail(error, (state.request.request_id,))
             self._end(state, ScoreOutcome(finish_reason=FinishReason.ERROR, error=told))
         return True
 

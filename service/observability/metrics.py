@@ -25,6 +25,7 @@ from prometheus_client.registry import Collector
 from gptjet.service.engine.backend import ParityStatus
 from gptjet.service.engine.observer import StepKind, StepReport
 from gptjet.service.engine.request import FinishReason
+from gptjet.service.log import dropped_lines
 from gptjet.service.observability.tally import Tally
 
 if TYPE_CHECKING:
@@ -297,6 +298,11 @@ class _EngineState(Collector):
             "gptjet_serving",
             "1 while health says SERVING; 0 while it loads, drains or has failed.",
             float(self._is_serving()),
+        )
+        yield CounterMetricFamily(
+            "gptjet_log_lines_dropped",
+            "Log lines that could not be written: a full disk, or a reader that is too slow.",
+            dropped_lines(),
         )
         if self.engine is None:
             return

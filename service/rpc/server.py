@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import signal
 import sys
@@ -312,7 +313,7 @@ async def serve(config: ServerConfig, *, loader: Loader) -> int:
     told, and health said NOT_SERVING for failure_grace_s.
     A second signal ends the process at once. Needs the main thread, for the signals.
     """
-    configure_logging(config.log_level, config.log_format)
+    configure_logging(config.log_level, config.log_format, background=True)
     try:
         server = Server(config)
     except ObservabilityError as error:
@@ -431,8 +432,10 @@ def _stop_on_signals(stop: asyncio.Event) -> None:
 
 
 def _exit_now(code: int) -> None:
-    sys.stdout.flush()
-    sys.stderr.flush()
+    logging.shutdown()  # the last lines are still being written
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # closed, or its disk is full
+            stream.flush()
     os._exit(code)
 
 

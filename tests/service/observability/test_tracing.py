@@ -301,19 +301,19 @@ async def test_the_client_sends_the_context_of_the_span_it_is_called_in(
 
 
 async def test_a_traceparent_given_as_metadata_is_kept(caller: trace.Tracer) -> None:
-    from gptjet.service.client_channel import call_metadata
+    from gptjet.service.client_channel import with_trace_context
 
     given = (("traceparent", TRACEPARENT), ("x", "y"))
     with caller.start_as_current_span("outer"):
-        assert call_metadata(given) == given
-        assert dict(call_metadata(()))["traceparent"].startswith("00-")
-    assert call_metadata((("x", "y"),)) == (("x", "y"),)
+        assert with_trace_context(given) == given
+        assert dict(with_trace_context(()))["traceparent"].startswith("00-")
+    assert with_trace_context((("x", "y"),)) == (("x", "y"),)
 
 
 def test_the_client_does_not_import_opentelemetry_by_itself() -> None:
     script = (
         "import sys\nfrom gptjet.service import client_channel\n"
-        "assert client_channel.call_metadata((('x', 'y'),)) == (('x', 'y'),)\n"
+        "assert client_channel.with_trace_context((('x', 'y'),)) == (('x', 'y'),)\n"
         "print('opentelemetry' in sys.modules)"
     )
     result = subprocess.run(
