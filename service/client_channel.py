@@ -63,6 +63,8 @@ def channel_options(
         # During a long silence (a queue, a long prompt), notice that the server's machine is gone.
         ("grpc.keepalive_time_ms", 30_000),
         ("grpc.keepalive_timeout_ms", 10_000),
+        # a server whose process is frozen: its system still takes what is sent
+        ("grpc.http2.ping_timeout_ms", 10_000),
         # Without this it would be noticed for the first two pings of a silence only.
         ("grpc.http2.max_pings_without_data", 0),
     ]

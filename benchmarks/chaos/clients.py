@@ -117,12 +117,14 @@ class _worker:  # noqa: N801 - used as a function
     def __init__(
         self, module: str, server: ChaosServer, *, streams: int, tokens: int, hold: bool = False
     ) -> None:
+        with Client(server.target) as client:
+            vocab = client.get_model().vocab_size
         self._process = subprocess.Popen(
             [
                 *(sys.executable, "-m", f"gptjet.benchmarks.chaos.{module}"),
                 *("--target", server.target),
                 *("--streams", str(streams), "--tokens", str(tokens)),
-                *(("--hold",) if hold else ()),
+                *(("--hold", "--vocab", str(vocab)) if hold else ()),
             ],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

@@ -44,6 +44,7 @@ ALLOWED = frozenset(
         grpc.StatusCode.OK,
         grpc.StatusCode.INVALID_ARGUMENT,
         grpc.StatusCode.OUT_OF_RANGE,
+        grpc.StatusCode.NOT_FOUND,  # what grpc.health.v1 prescribes for an unknown service
         grpc.StatusCode.RESOURCE_EXHAUSTED,
         grpc.StatusCode.UNIMPLEMENTED,
     }

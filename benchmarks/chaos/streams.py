@@ -95,23 +95,22 @@ async def run_all(target: str, plans: Sequence[StreamPlan], timeout_s: float) ->
 async def hold(target: str, plans: Sequence[StreamPlan]) -> None:
     """Read the first token of each stream, say so, and hold all of them open, reading on."""
     client = AsyncClient(target, retry=None)
-    first = asyncio.Semaphore(0)
+    open_now = 0
 
     async def read(plan: StreamPlan) -> None:
         stream = client.generate_stream(
             plan.prompt, max_new_tokens=plan.tokens, min_new_tokens=plan.tokens, ignore_eos=True
         )
+        nonlocal open_now
         is_first = True
         async for _ in stream:
-            if is_first:
-                first.release()
-                is_first = False
+            open_now += is_first
+            if is_first and open_now == len(plans):
+                print(json.dumps({"open": open_now}), flush=True)
+            is_first = False
 
-    readers = [asyncio.create_task(read(plan)) for plan in plans]
-    for _ in plans:
-        await first.acquire()
-    print(json.dumps({"open": len(plans)}), flush=True)
-    await asyncio.gather(*readers)
+    # one that is refused ends the process, which is what its parent then sees
+    await asyncio.gather(*(read(plan) for plan in plans))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -35,6 +35,9 @@ def channel_options(config: ServerConfig) -> list[tuple[str, int]]:
         ("grpc.max_send_message_length", -1),
         ("grpc.keepalive_time_ms", round(config.keepalive_time_s * 1000)),
         ("grpc.keepalive_timeout_ms", round(config.keepalive_timeout_s * 1000)),
+        # Of a ping that the caller's system has taken and its process does not answer; a minute
+        # otherwise, whatever keepalive_timeout_ms says.
+        ("grpc.http2.ping_timeout_ms", round(config.keepalive_timeout_s * 1000)),
         ("grpc.keepalive_permit_without_calls", 1),
         # Keep pinging through a long queue or prompt, when nothing else is sent.
         ("grpc.http2.max_pings_without_data", 0),

@@ -179,7 +179,7 @@ class Server:
         self._servicer.attach(engine, codec)
         self._watching_engine = asyncio.create_task(self._watch(engine))
         self._health.set_status(health.SERVING)
-        if self._grpc is None:
+        if self.config.reuse_port:
             await self._listen()
 
     async def _watch(self, engine: AsyncEngine) -> None:
