@@ -77,10 +77,16 @@ def _ended(found: Findings, name: str, setting: str) -> None:
         code = server.wait(_HOLD_S)
         took = round(time.monotonic() - started, 1)
         codes = sorted({end.partition(":")[0] for end in ends})
-        found.figures[name] = {"exit_code": code, "seconds": took, "statuses": codes}
+        words = [end[:200] for end, _ in ends.most_common(8)]
+        found.figures[name] = {"exit_code": code, "seconds": took, "ends": words}
         found.equal(f"{name}: exit code", code, _ENGINE_FAILED)
-        waiting = [each for each in codes if each not in ("OK", "INTERNAL", "UNAVAILABLE")]
-        found.equal(f"{name}: callers left without a clear status", waiting, [])
+        # CANCELLED: what gRPC says of a call that crosses the process's end
+        told = ("OK", "INTERNAL", "UNAVAILABLE", "CANCELLED")
+        waiting = [each for each in codes if each not in told]
+        found.equal(f"{name}: callers left waiting", waiting, [])
+        found.check(
+            f"{name}: callers were told", set(codes) - {"OK", "CANCELLED"} != set(), codes, told
+        )
 
 
 def _call_at_once(target: str, callers: int, *, longest: int) -> Counter[str]:

@@ -24,14 +24,20 @@ def run(plan: Plan) -> Findings:
     """Storms to warm up (allocators and pools grow to their size once), then the counted ones."""
     found = Findings()
     streams = plan.count(_STREAMS, least=_PROCESSES)
-    flags = (f"--max-queue-size={2 * streams}", "--max-sequences=64", "--log-level=warning")
+    # A KV cache that the first storms fill: what they have not written takes no memory yet.
+    flags = (
+        f"--max-queue-size={2 * streams}",
+        "--max-sequences=64",
+        "--kv-cache-tokens=8192",
+        "--log-level=warning",
+    )
     with ChaosServer(*flags) as server:
         expected = probe(server.target)
         warm_up(server, streams, plan)
         before_mib, before_files = server.memory_mib(), server.open_files()
         ends: Counter[str] = Counter()
         for index in range(_STORMS):
-            ends += storm(server.target, streams, seed=plan.seed + index)
+            ends += storm(server.target, streams, plan, seed=plan.seed + index)
             plan.report(f"  storm {index + 1} of {_STORMS}: {dict(ends)} so far")
         held = server.wait_until_idle(_IDLE_S)
         after_mib = server.memory_mib()
@@ -60,7 +66,7 @@ def warm_up(server: ChaosServer, streams: int, plan: Plan) -> None:
     """Storms before the counted ones, until memory has stopped to grow (at most three)."""
     last = server.memory_mib()
     for _ in range(3):
-        storm(server.target, streams, seed=plan.seed + 1000)
+        storm(server.target, streams, plan, seed=plan.seed + 1000)
         server.wait_until_idle(_IDLE_S)
         now = server.memory_mib()
         if now <= last * 1.02:
@@ -75,7 +81,7 @@ def probe(target: str) -> tuple[int, ...]:
         return tuple(token for chunk in stream for token in chunk.token_ids)
 
 
-def storm(target: str, streams: int, *, seed: int) -> Counter[str]:
+def storm(target: str, streams: int, plan: Plan, *, seed: int) -> Counter[str]:
     """One storm from several processes at once; how its streams ended."""
     share, rest = divmod(streams, _PROCESSES)
     workers = [
@@ -83,7 +89,7 @@ def storm(target: str, streams: int, *, seed: int) -> Counter[str]:
             [
                 *(sys.executable, "-m", "gptjet.benchmarks.chaos.streams"),
                 *("--target", target, "--streams", str(share + (index < rest))),
-                *("--tokens", str(_TOKENS), "--within-s", str(_WITHIN_S)),
+                *("--tokens", str(_TOKENS), "--within-s", str(_WITHIN_S * plan.scale)),
                 *("--seed", str(seed * _PROCESSES + index)),
                 *("--timeout-s", str(_STORM_TIMEOUT_S)),
             ],
