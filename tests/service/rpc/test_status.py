@@ -9,6 +9,7 @@ from google.rpc import error_details_pb2  # type: ignore[import-untyped]
 from gptjet.service.engine import errors
 from gptjet.service.engine.errors import FieldViolation
 from gptjet.service.rpc import status
+from gptjet.service.rpc.access import errors as access
 from gptjet.service.rpc.status import to_status
 
 EXAMPLES = [
@@ -17,6 +18,12 @@ EXAMPLES = [
     (errors.EngineUnavailableError("loading"), grpc.StatusCode.UNAVAILABLE),
     (errors.EngineStepError("id", "x"), grpc.StatusCode.INTERNAL),
     (errors.BackendLoadError("x"), grpc.StatusCode.FAILED_PRECONDITION),
+    (access.UnauthenticatedError("x"), grpc.StatusCode.UNAUTHENTICATED),
+    (access.PermissionDeniedError("x"), grpc.StatusCode.PERMISSION_DENIED),
+    (
+        access.QuotaExceededError("requests_per_minute", 3, "web", "too many", 1.5),
+        grpc.StatusCode.RESOURCE_EXHAUSTED,
+    ),
     (status.DeadlineExceededError(), grpc.StatusCode.DEADLINE_EXCEEDED),
     (status.InternalError("id"), grpc.StatusCode.INTERNAL),
 ]
@@ -31,7 +38,7 @@ def test_code_and_message(error: errors.EngineError, code: grpc.StatusCode) -> N
 
 
 def test_every_error_a_caller_can_meet_has_a_row() -> None:
-    modules = (errors.__name__, status.__name__)
+    modules = (errors.__name__, access.__name__, status.__name__)
     ours = {cls for cls in errors.EngineError.__subclasses__() if cls.__module__ in modules}
     assert ours == {type(error) for error, _ in EXAMPLES}
 
