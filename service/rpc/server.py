@@ -94,7 +94,7 @@ class Server:
         except AccessError as error:
             raise ListenError(str(error)) from error
         server = grpc.aio.server(
-            interceptors=[self._rpcs, *self._access.interceptors({SERVICE_NAME: "generate"})],
+            interceptors=[self._rpcs, *self._access.for_callers(SERVICE_NAME)],
             options=listen.channel_options(self.config),
         )
         pb_grpc.add_TextGenerationServicer_to_server(self._servicer, server)
