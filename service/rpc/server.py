@@ -128,7 +128,7 @@ class Server:
     async def _listen(self) -> None:
         assert self._access is not None, "`start` made it"
         server = grpc.aio.server(
-            interceptors=[self._rpcs, *self._access.interceptors({SERVICE_NAME: "generate"})],
+            interceptors=[self._rpcs, *self._access.for_callers(SERVICE_NAME)],
             options=listen.channel_options(self.config),
         )
         pb_grpc.add_TextGenerationServicer_to_server(self._servicer, server)

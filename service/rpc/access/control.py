@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 logger = get_logger(__name__)
 
-HEALTH_SERVICE = "grpc.health.v1.Health"
+_HEALTH_SERVICE = "grpc.health.v1.Health"
 _EXPIRY_WARNING = timedelta(days=14)
 
 
@@ -115,15 +115,21 @@ class AccessControl:
         self._watching: asyncio.Task[None] | None = None
         self._warned_of: datetime | None = None
 
+    def for_callers(self, service: str) -> list[grpc.aio.ServerInterceptor]:
+        """In front of the port where callers connect; `service` is ours there."""
+        open_services = frozenset({_HEALTH_SERVICE} if self._config.open_health else ())
+        return self.interceptors({service: "generate"}, open_services=open_services)
+
     def credentials(self) -> grpc.ServerCredentials | None:
         """For one listening port; None: plain text."""
         return None if self.certificates is None else self.certificates.credentials()
 
-    def interceptors(self, scopes: Mapping[str, Scope]) -> list[grpc.aio.ServerInterceptor]:
+    def interceptors(
+        self, scopes: Mapping[str, Scope], *, open_services: frozenset[str] = frozenset()
+    ) -> list[grpc.aio.ServerInterceptor]:
         """What stands in front of services that ask for these scopes: nothing without tokens."""
         if self.tokens is None:
             return []
-        open_services = frozenset({HEALTH_SERVICE} if self._config.open_health else ())
         return [
             AccessInterceptor(
                 self.tokens.authenticate,

@@ -10,6 +10,7 @@ from gptjet.service.config import ServerConfig
 from gptjet.service.engine import errors
 from gptjet.service.engine.errors import FieldViolation
 from gptjet.service.rpc import status
+from gptjet.service.rpc.access import errors as access
 from gptjet.service.rpc.status import to_status
 
 EXAMPLES = [
@@ -24,6 +25,12 @@ EXAMPLES = [
     (status.TooManyRpcsError(3), grpc.StatusCode.RESOURCE_EXHAUSTED),
     (status.MessageTooLargeError(5, 4), grpc.StatusCode.RESOURCE_EXHAUSTED),
     (errors.BackendLoadError("x"), grpc.StatusCode.FAILED_PRECONDITION),
+    (access.UnauthenticatedError("x"), grpc.StatusCode.UNAUTHENTICATED),
+    (access.PermissionDeniedError("x"), grpc.StatusCode.PERMISSION_DENIED),
+    (
+        access.QuotaExceededError("requests_per_minute", 3, "web", "too many", 1.5),
+        grpc.StatusCode.RESOURCE_EXHAUSTED,
+    ),
     (status.DeadlineExceededError(), grpc.StatusCode.DEADLINE_EXCEEDED),
     (status.InternalError("id"), grpc.StatusCode.INTERNAL),
 ]
@@ -57,7 +64,7 @@ def test_code_and_message(error: errors.EngineError, code: grpc.StatusCode) -> N
 
 
 def test_every_error_a_caller_can_meet_has_a_row() -> None:
-    modules = (errors.__name__, status.__name__)
+    modules = (errors.__name__, access.__name__, status.__name__)
     known = {*errors.EngineError.__subclasses__(), *errors.EngineStepError.__subclasses__()}
     ours = {cls for cls in known if cls.__module__ in modules}
     assert ours == {type(error) for error, _ in EXAMPLES}

@@ -209,6 +209,8 @@ async def test_health_can_be_left_open_and_nothing_else_with_it(
                 assert code is grpc.StatusCode.UNIMPLEMENTED
             else:
                 assert code is grpc.StatusCode.UNAUTHENTICATED, method
+            code = await server.call(ADMIN, method, metadata, b"")
+            assert code is grpc.StatusCode.UNAUTHENTICATED, method
 
 
 async def test_without_a_tokens_file_nothing_is_asked_for(start_server: Any) -> None:
