@@ -65,8 +65,9 @@ class LimitsConfig(BaseModel):
         default=1024,
         ge=1,
         le=1_000_000,
-        description="calls at once on one connection; further ones wait in the caller (the default "
-        "is more than the queue and the running sequences together)",
+        description="calls at once on one connection; further ones wait in the caller, or gRPC "
+        "refuses them for the caller to retry (the default is more than the queue and the running "
+        "sequences together)",
     )
     handshake_timeout_s: float = Field(
         default=20.0,
