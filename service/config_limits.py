@@ -88,7 +88,8 @@ class LimitsConfig(BaseModel):
         ge=1.0,
         le=31_536_000.0,
         description="ask callers to connect anew after so long, for a load balancer to spread; "
-        "running calls finish (unset: never, since one server has nothing to spread)",
+        "running calls finish (unset: never, since one server has nothing to spread; with "
+        "reuse_port 10, or half of grace_s: a hand-over takes about so long)",
     )
 
     # Faults

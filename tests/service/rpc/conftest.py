@@ -84,5 +84,3 @@ def serve_process(tmp_path: Path) -> Iterator[Serve]:
     for server in started:
         server.process.kill()
         server.process.wait()
-
-

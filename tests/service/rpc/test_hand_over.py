@@ -63,7 +63,7 @@ def test_two_hand_overs_under_load_fail_no_call(
     serve_process: Serve, load_process: Callable[[str], subprocess.Popen[str]]
 ) -> None:
     port = free_port()
-    flags = ("--reuse-port", "--port", str(port))
+    flags = ("--reuse-port", "--port", str(port), "--max-connection-age-s", "2")
     model = "mock:decode_ms=2"
     server = serve_process(model, *flags)
     server.wait_until_serving()
