@@ -36,7 +36,7 @@ EXIT_OK, EXIT_FAILURE, EXIT_USAGE, EXIT_ENGINE = 0, 1, 2, 6
 # After the grace period: to send what is finished, and for the step that is running to end.
 _FLUSH_S = 1.0
 _STEP_S = 30.0
-_HAND_OVER_POLL_S = 0.05
+_POLL_S, _QUIET_POLLS = 0.02, 3
 _THREAD_PREFIX = "gptjet-"
 
 
@@ -161,7 +161,7 @@ class Server:
             self._codec.close()
         self._health.end_watches()
         if self._grpc is not None:
-            # The statuses of requests that have just ended are still being sent.
+            await self._close_connections()
             await self._grpc.stop(_FLUSH_S)
         if self._watching_engine is not None:
             self._watching_engine.cancel()
@@ -186,10 +186,22 @@ class Server:
                 self._health.end_watches()  # they hold connections that nothing else is on
             if not sockets.num_connections(self.port):
                 break
-            await asyncio.sleep(_HAND_OVER_POLL_S)
+            await asyncio.sleep(_POLL_S)
         left = sockets.num_connections(self.port)
         logger.info("handed over", all_finished=not left, connections_left=left)
         return max(0.0, end - time.monotonic())
+
+    async def _close_connections(self) -> None:
+        """Wait until what has just ended is sent, and close every connection.
+
+        A call that comes then sees its connection end, UNAVAILABLE, and may be tried again
+        elsewhere; gRPC's own `stop` would say CANCELLED.
+        """
+        end, num_quiet = time.monotonic() + _FLUSH_S, 0
+        while num_quiet < _QUIET_POLLS and time.monotonic() < end:
+            await asyncio.sleep(_POLL_S)
+            num_quiet = 0 if sockets.num_unsent_bytes(self.port) else num_quiet + 1
+        sockets.close_connections(self.port)
 
     async def _drain_engine(self, engine: AsyncEngine, grace_s: float) -> bool:
         started = time.monotonic()

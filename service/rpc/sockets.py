@@ -1,14 +1,18 @@
 """The process's own sockets on one port, which gRPC keeps to itself.
 
-gRPC's only way to stop listening is to stop, and a stopped server cancels the calls that have
-arrived and are not begun, so a hand-over of the port must close the listening socket behind its
-back. Linux only: elsewhere nothing is found.
+gRPC's only way to stop listening is to stop, and then it ends the calls that have arrived and are
+not begun with CANCELLED, which nobody retries. So its sockets are closed behind its back. Linux
+only: elsewhere nothing is found.
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import socket
+import sys
+import termios
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -32,6 +36,27 @@ def close_listeners(port: int) -> int:
 def num_connections(port: int) -> int:
     """Connections that callers of a port have open."""
     return sum(_is_connected(own) for own in _sockets_on(port))
+
+
+def num_unsent_bytes(port: int) -> int:
+    """Bytes that the callers' machines have not taken yet.
+
+    What gRPC itself still holds is not counted, but it holds nothing while the kernel has room.
+    """
+    num_bytes = 0
+    for own in _sockets_on(port):
+        if _is_connected(own):
+            answer = fcntl.ioctl(own, termios.TIOCOUTQ, b"\0" * 4)
+            num_bytes += int.from_bytes(answer, sys.byteorder)
+    return num_bytes
+
+
+def close_connections(port: int) -> None:
+    """Close every connection; a call that comes just now ends with UNAVAILABLE at its caller."""
+    for own in _sockets_on(port):
+        if _is_connected(own):
+            with contextlib.suppress(OSError):  # its peer was first
+                own.shutdown(socket.SHUT_RDWR)
 
 
 def _is_connected(own: socket.socket) -> bool:

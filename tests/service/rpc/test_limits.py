@@ -35,7 +35,7 @@ def long_stream_request(max_new_tokens: int = 400) -> pb.GenerateStreamRequest:
 
 
 async def read_to_the_end(call: Any) -> None:
-    async for _ in call:
+    while await call.read() is not grpc.aio.EOF:
         pass
 
 
