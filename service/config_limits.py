@@ -65,8 +65,9 @@ class LimitsConfig(BaseModel):
         default=1024,
         ge=1,
         le=1_000_000,
-        description="calls at once on one connection; further ones wait in the caller (the default "
-        "is more than the queue and the running sequences together)",
+        description="calls at once on one connection; further ones wait in the caller, or gRPC "
+        "refuses them for the caller to retry (the default is more than the queue and the running "
+        "sequences together)",
     )
     handshake_timeout_s: float = Field(
         default=20.0,
@@ -87,7 +88,8 @@ class LimitsConfig(BaseModel):
         ge=1.0,
         le=31_536_000.0,
         description="ask callers to connect anew after so long, for a load balancer to spread; "
-        "running calls finish (unset: never, since one server has nothing to spread)",
+        "running calls finish (unset: never, since one server has nothing to spread; with "
+        "reuse_port 10, or half of grace_s: a hand-over takes about so long)",
     )
 
     # Faults

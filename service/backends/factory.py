@@ -122,7 +122,7 @@ BACKENDS: dict[str, BackendEntry] = {
         _load_fused,
     ),
     "mock": BackendEntry(
-        "a toy with output known by hand; mock:decode_ms=5,nan_at_step=9 as model slows and breaks it",
+        "a toy with output known by hand; model mock:decode_ms=5,nan_at_step=9 slows, breaks it",
         _load_mock,
     ),
     "huggingface": BackendEntry(

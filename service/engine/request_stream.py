@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 # Outputs that wait to be read, for each sequence of the request, before further ones are joined to
 # them; a reader that keeps up has one or two waiting. And the most tokens that are joined, since
 # each joining copies what is there.
-_JOIN_FROM = 8
+_JOIN_FROM = 64
 _MOST_JOINED_TOKENS = 64
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import math
 import os
 import socket
 from pathlib import Path
@@ -14,6 +15,7 @@ from gptjet.service.config import ServerConfig
 if TYPE_CHECKING:
     import grpc
 
+_LONGEST_HAND_OVER_S = 10.0
 _OVERSIZE_BYTES = 1024 * 1024
 # gRPC's own word for it: the largest 32-bit number.
 _NEVER_MS = 2**31 - 1
@@ -45,7 +47,7 @@ def channel_options(config: ServerConfig) -> list[tuple[str, int]]:
         ("grpc.max_allowed_incoming_connections", config.max_connections),
         ("grpc.server_handshake_timeout_ms", round(config.handshake_timeout_s * 1000)),
         ("grpc.max_connection_idle_ms", _ms_or_never(config.max_connection_idle_s)),
-        ("grpc.max_connection_age_ms", _ms_or_never(config.max_connection_age_s)),
+        ("grpc.max_connection_age_ms", _ms_or_never(connection_age_s(config))),
         (
             "grpc.http2.min_ping_interval_without_data_ms",
             round(config.min_ping_interval_s * 1000),
@@ -53,8 +55,21 @@ def channel_options(config: ServerConfig) -> list[tuple[str, int]]:
     ]
 
 
+def connection_age_s(config: ServerConfig) -> float:
+    """When a connection's caller is asked to connect anew; infinite where that is never.
+
+    A server that may hand its port over asks so often that it can be left within the grace period.
+    gRPC spreads the moments by a tenth either way.
+    """
+    if config.max_connection_age_s is not None:
+        return config.max_connection_age_s
+    if not config.reuse_port:
+        return math.inf
+    return max(1.0, min(_LONGEST_HAND_OVER_S, config.grace_s / 2))
+
+
 def _ms_or_never(seconds: float | None) -> int:
-    return _NEVER_MS if seconds is None else min(round(seconds * 1000), _NEVER_MS)
+    return _NEVER_MS if seconds is None else round(min(seconds * 1000, _NEVER_MS))
 
 
 def address(host: str, port: int) -> str:

@@ -26,7 +26,7 @@ from gptjet.service.engine.tokenizer import Tokenizer
 from gptjet.service.log import configure_logging, get_logger
 from gptjet.service.observability.errors import ObservabilityError
 from gptjet.service.observability.setup import Observability, set_up
-from gptjet.service.rpc import health, listen
+from gptjet.service.rpc import health, listen, sockets
 from gptjet.service.rpc.access.control import AccessControl
 from gptjet.service.rpc.access.errors import AccessError
 from gptjet.service.rpc.admin_server import AdminServer
@@ -47,6 +47,7 @@ EXIT_OK, EXIT_FAILURE, EXIT_USAGE, EXIT_ENGINE = 0, 1, 2, 6
 # After the grace period: to send what is finished, and for the step that is running to end.
 _FLUSH_S = 1.0
 _STEP_S = 30.0
+_POLL_S, _QUIET_POLLS = 0.02, 3
 _THREAD_PREFIX = "gptjet-"
 
 
@@ -196,8 +197,9 @@ class Server:
         """
         grace_s = self._grace_s if grace_s is None else grace_s
         self._draining = True
-        if self.config.reuse_port and self._grpc is not None and not self.failed.is_set():
-            grace_s = await self._hand_over(self._grpc, grace_s)
+        is_shared = self.config.reuse_port and self._grpc is not None
+        if is_shared and grace_s and not self.failed.is_set():
+            grace_s = await self._hand_over(grace_s)
         self._health.set_status(health.NOT_SERVING)
         self._servicer.refuse("the server is draining: it takes no new requests")
         ended = True
@@ -207,7 +209,7 @@ class Server:
             self._codec.close()
         self._health.end_watches()
         if self._grpc is not None:
-            # The statuses of requests that have just ended are still being sent.
+            await self._close_connections()
             await self._grpc.stop(_FLUSH_S)
         await self.observability.close()
         await self._admin.stop()
@@ -269,21 +271,39 @@ class Server:
             "address": listen.address(self.config.host, self.port),
         }
 
-    async def _hand_over(self, server: grpc.aio.Server, grace_s: float) -> float:
+    async def _hand_over(self, grace_s: float) -> float:
         """Leave the port to the other servers on it; returns what is left of the grace period.
 
-        The listening socket is closed, so that the kernel gives new connections to the others, and
-        every connection gets GOAWAY: its callers connect anew with their next request, while those
-        that are under way, and those that cross the GOAWAY, are served here to their end.
+        New connections go to the others from now on. Callers on the old ones are served until
+        each connection has reached its age and been told so (GOAWAY): then their next call connects
+        anew. gRPC's own `stop` would cancel the calls that cross its GOAWAY.
         """
         started = time.monotonic()
-        logger.info("handing over", grace_s=grace_s)
-        self._health.end_watches()
-        # Longer than it is waited for: what is left then is ended by the engine, with a reason.
-        stopping = asyncio.create_task(server.stop(grace_s + _STEP_S))
-        await asyncio.wait({stopping}, timeout=grace_s)
-        logger.info("handed over", all_finished=stopping.done())
-        return max(0.0, grace_s - (time.monotonic() - started))
+        end = started + grace_s
+        aged = min(end, started + 1.2 * listen.connection_age_s(self.config) + _FLUSH_S)
+        num_listeners = sockets.close_listeners(self.port)
+        logger.info("handing over", listeners=num_listeners, grace_s=grace_s)
+        while num_listeners and time.monotonic() < end:
+            if time.monotonic() > aged:
+                self._health.end_watches()  # they hold connections that nothing else is on
+            if not sockets.num_connections(self.port):
+                break
+            await asyncio.sleep(_POLL_S)
+        left = sockets.num_connections(self.port)
+        logger.info("handed over", all_finished=not left, connections_left=left)
+        return max(0.0, end - time.monotonic())
+
+    async def _close_connections(self) -> None:
+        """Wait until what has just ended is sent, and close every connection.
+
+        A call that comes then sees its connection end, UNAVAILABLE, and may be tried again
+        elsewhere; gRPC's own `stop` would say CANCELLED.
+        """
+        end, num_quiet = time.monotonic() + _FLUSH_S, 0
+        while num_quiet < _QUIET_POLLS and time.monotonic() < end:
+            await asyncio.sleep(_POLL_S)
+            num_quiet = 0 if sockets.num_unsent_bytes(self.port) else num_quiet + 1
+        sockets.close_connections(self.port)
 
     async def _drain_engine(self, engine: AsyncEngine, grace_s: float) -> bool:
         started = time.monotonic()
