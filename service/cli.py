@@ -30,6 +30,11 @@ class CommandEntry:
 
 COMMANDS = (
     CommandEntry("Server", "serve", "Start the gRPC server."),
+    CommandEntry(
+        "Server",
+        "metrics",
+        "Print the Grafana dashboard, the Prometheus alert rules or their tests.",
+    ),
     CommandEntry("Client", "generate", "Stream one completion in the terminal."),
     CommandEntry(
         "Client", "score", "Say how likely the model finds each of several continuations."
