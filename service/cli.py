@@ -34,6 +34,11 @@ COMMANDS = (
     CommandEntry(
         "Server", "admin", "Administer a running server: status, reload, log level, drain."
     ),
+    CommandEntry(
+        "Server",
+        "metrics",
+        "Print the Grafana dashboard, the Prometheus alert rules or their tests.",
+    ),
     CommandEntry("Client", "generate", "Stream one completion in the terminal."),
     CommandEntry(
         "Client", "score", "Say how likely the model finds each of several continuations."

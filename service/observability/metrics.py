@@ -40,6 +40,8 @@ LATENCY_BOUNDS_S = (
 )
 # A step of a small model on a CPU, or of the mock, is below a millisecond.
 STEP_BOUNDS_S = (0.0001, 0.0002, 0.0005, *LATENCY_BOUNDS_S)
+# For each method: whatever is finer, a request's own histograms have.
+_RPC_BOUNDS_S = (0.005, 0.02, 0.1, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
 _POWERS_OF_2 = tuple(float(2**power) for power in range(13))
 _NS_PER_S = 1e9
 _MS_PER_S = 1e3
@@ -196,7 +198,7 @@ class Metrics:
         self._durations = self._histogram(
             "rpc_duration_seconds",
             "From an RPC's arrival to its status; probes and reflection left out.",
-            LATENCY_BOUNDS_S,
+            _RPC_BOUNDS_S,
             ("method",),
         )
         self._active = self._gauge("rpcs_active", "RPCs being served; probes left out.")
