@@ -157,10 +157,8 @@ def test_text_is_held_back_only_while_it_may_become_a_match() -> None:
     for character in "evi evade 1 x":
         guard.push(character)
         seen.append(guard.release())
-    # " e b" may begin at each e; a digit may be the first of two.
-    assert seen == ["", "", "", "evi ", "", "e", "v", "a", "d", "", "e ", "", "1 x"] or (
-        "".join(seen) == "evi evade 1 x" and seen[3].startswith("evi")
-    )
+    # "evi" may become "evil", "e " may become "e b", and a digit may be the first of two.
+    assert seen == ["", "", "", "evi ", "", "", "eva", "d", "", "", "e ", "1 ", "x"]
 
 
 def test_a_blocked_text_ends_where_the_reader_of_single_characters_would_be() -> None:
@@ -193,10 +191,6 @@ def test_a_rejected_match_of_a_flag_rule_blocks_where_the_policy_says_so() -> No
 # --- tokens ---
 
 TOKENS = ByteTokenizer()
-
-
-class Step:
-    """One id a step through a detokenizer without stop strings, as the engine does it."""
 
 
 def run_tokens(
