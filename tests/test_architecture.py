@@ -26,6 +26,7 @@ ALLOWED: dict[str, frozenset[str]] = {
     "gptjet.service.engine": frozenset(),
     "gptjet.service.embedded": frozenset(),
     "gptjet.service.log": frozenset(),
+    "gptjet.service.governance": frozenset({"gptjet.service.log"}),
     "gptjet.service.config": frozenset({"gptjet.service.engine"}),
     # Of the engine, a model knows the error that says "this cannot be loaded", and nothing else.
     "gptjet.service.models": frozenset(
@@ -35,7 +36,13 @@ ALLOWED: dict[str, frozenset[str]] = {
         {"gptjet.kernels", "gptjet.service.engine", "gptjet.service.models"}
     ),
     "gptjet.service.rpc": frozenset(
-        {"gptjet.proto", "gptjet.service.config", "gptjet.service.engine", "gptjet.service.log"}
+        {
+            "gptjet.proto",
+            "gptjet.service.config",
+            "gptjet.service.engine",
+            "gptjet.service.governance",
+            "gptjet.service.log",
+        }
     ),
     "gptjet.service.client": frozenset({"gptjet.proto"}),
     "gptjet.service.apps": frozenset({"gptjet.service.client"}),
@@ -53,6 +60,7 @@ BANNED: dict[str, set[str]] = {
     "gptjet.service.backends": _WIRE,
     "gptjet.service.client": _CONCRETE | {"numpy", "torch"},
     "gptjet.service.engine": _CONCRETE | _HTTP | _WIRE,
+    "gptjet.service.governance": _CONCRETE | _HTTP | _WIRE | {"torch"},
     "gptjet.service.rpc": _CONCRETE | {"torch"},
 }
 

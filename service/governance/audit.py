@@ -92,7 +92,7 @@ class AuditLog:
 
     def _was_replaced(self, descriptor: int) -> bool:
         try:
-            there = os.stat(self._path)
+            there = self._path.stat()
         except FileNotFoundError:
             return True
         return not os.path.samestat(there, os.fstat(descriptor))

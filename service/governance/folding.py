@@ -29,7 +29,7 @@ _IGNORED_MARKS = (
 
 
 class FoldTable(dict[str, str]):
-    """character -> what it folds to: often one character, several for "ß", "" for what is ignored."""
+    """character -> what it folds to: one character, several for "ß", "" for what is ignored."""
 
     def __missing__(self, character: str) -> str:
         if len(self) >= _MOST_ENTRIES:

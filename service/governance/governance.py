@@ -1,10 +1,11 @@
-"""Governance of one server: its policy, kept up to date, and what is decided by it, written down."""
+"""Governance of one server: its policy, kept up to date, and its decisions, written down."""
 
 from __future__ import annotations
 
 import asyncio
 import os
 import secrets
+import threading
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from gptjet.service.governance.guard import Finding, Guard
 from gptjet.service.governance.policy import Chain, Policy, load_policy
 from gptjet.service.governance.policy_file import Direction, PolicyError
 from gptjet.service.governance.recorder import Recorder, RecorderCounters
-from gptjet.service.governance.review import ReviewError, ReviewQueue
+from gptjet.service.governance.review import Flagged, ReviewError, ReviewQueue
 from gptjet.service.governance.sequence_guard import Cleared, SequenceGuard, TokenBytes
 from gptjet.service.log import get_logger
 
@@ -92,6 +93,7 @@ class Governance:
 
     def __init__(self, settings: GovernanceSettings) -> None:
         self._settings = settings
+        self._reloading = threading.Lock()
         try:
             self._policy = load_policy(settings.policy)
         except PolicyError as error:
@@ -135,9 +137,7 @@ class Governance:
     def start(self) -> None:
         """Start writing and watching the file."""
         self._recorder.start()
-        logger.info(
-            "governance", policy=str(self._settings.policy), rules=len(self._policy.rules)
-        )
+        logger.info("governance", policy=str(self._settings.policy), rules=len(self._policy.rules))
 
     def close(self) -> None:
         """Write what is waiting and close the files."""
@@ -145,17 +145,21 @@ class Governance:
 
     def reload(self) -> ReloadResult:
         """Read the policy file again. A file that is not usable changes nothing."""
-        self._seen = _fingerprint(self._policy)
-        try:
-            policy = load_policy(self._settings.policy)
-        except PolicyError as error:
-            logger.error(
-                "governance: the new policy is not usable, the old one goes on", reason=str(error)
-            )
-            return ReloadResult(False, str(error))
-        changed = policy.digest != self._policy.digest
-        self._policy = policy
-        self._seen = _fingerprint(policy)
+        with self._reloading:
+            # Before it is read: a change while it is read is seen again.
+            self._seen = _fingerprint(self._policy)
+            try:
+                policy = load_policy(self._settings.policy)
+            except PolicyError as error:
+                logger.error(
+                    "governance: the new policy is not usable, the old one goes on",
+                    reason=str(error),
+                )
+                return ReloadResult(False, str(error))
+            changed = policy.digest != self._policy.digest
+            if policy.files != self._policy.files:
+                self._seen = _fingerprint(policy)
+            self._policy = policy
         message = f"{len(policy.rules)} rules" + ("" if changed else ", as before")
         logger.info("governance: policy read", rules=len(policy.rules), changed=changed)
         return ReloadResult(True, message)
@@ -212,13 +216,11 @@ class Governance:
         return bool(rejected) and (rule, self._digests.of(rule, matched)) in rejected
 
     def _judge(self, item: FieldText, chain: Chain) -> tuple[str, list[Finding]]:
-        guard = Guard(chain, self.is_rejected, item.context)
+        guard = Guard(chain, self.is_rejected, item.context, patterns_only=item.patterns_only)
         guard.push(item.text)
         guard.finish()
         findings = guard.findings
-        if item.patterns_only:
-            findings = [f for f in findings if f.rule.kind == "patterns"]
-        if item.rewritable and not item.patterns_only:
+        if item.rewritable:
             return guard.release(), findings
         # Not to be rewritten: what would be redacted ends the request, as what is blocked does.
         for position, finding in enumerate(findings):
@@ -235,9 +237,7 @@ class Governance:
         return item.text, findings
 
     def _log(self, origin: Origin, policy: Policy) -> DecisionLog:
-        return DecisionLog(
-            origin, policy.digest, self._digests, excerpts=self._settings.excerpts
-        )
+        return DecisionLog(origin, policy.digest, self._digests, excerpts=self._settings.excerpts)
 
     async def _record(
         self, log: DecisionLog, findings: Sequence[Finding], direction: str, *, final: bool
@@ -248,9 +248,18 @@ class Governance:
                 self.decisions[direction, str(record["rule"]), str(record["action"])] += 1
             await self._recorder.record(records, flagged)
 
+    def _record_later(
+        self, records: Sequence[dict[str, object]], flagged: Sequence[Flagged]
+    ) -> None:
+        if records or flagged:
+            self._recorder.record_later(records, flagged)
+
     def _reload_if_changed(self) -> None:
-        if _fingerprint(self._policy) != self._seen:
-            self.reload()
+        """In a thread of its own: a long list takes a while, and decisions go on being written."""
+        fingerprint = _fingerprint(self._policy)
+        if fingerprint != self._seen:
+            self._seen = fingerprint
+            threading.Thread(target=self.reload, name="gptjet-policy", daemon=True).start()
 
 
 class OutputPolicy:
@@ -296,7 +305,12 @@ class OutputPolicy:
             )
         cleared = guard.push(text, token_ids, logprobs, is_prompt=is_prompt, final=final)
         if guard.findings:
-            await self._record(index, guard, final=final or guard.blocked is not None)
+            await self._governance._record(
+                self._log_of(index),
+                guard.findings,
+                "output",
+                final=final or guard.blocked is not None,
+            )
         return cleared
 
     def blocked(self, index: int) -> BlockedError | None:
@@ -310,18 +324,19 @@ class OutputPolicy:
         """Whether a text by itself must not be shown: a likely token's, a stop string."""
         return self._chain.enforces and self._chain.forbids(text)
 
-    async def close(self) -> None:
-        """The request has ended, perhaps early: write down what is not yet."""
+    def close(self) -> None:
+        """The request has ended, perhaps early: what is not yet written down, later."""
         for index, guard in self._guards.items():
             if guard.findings:
-                await self._record(index, guard, final=True)
+                records, flagged = self._log_of(index).take(guard.findings, final=True)
+                self._governance._record_later(records, flagged)
 
-    async def _record(self, index: int, guard: SequenceGuard[Any], *, final: bool) -> None:
+    def _log_of(self, index: int) -> DecisionLog:
         log = self._logs.get(index)
         if log is None:
             origin = Origin(self._request_id, self._method, "output", _output_field(index))
             log = self._logs[index] = self._governance._log(origin, self._policy)
-        await self._governance._record(log, guard.findings, "output", final=final)
+        return log
 
 
 def _output_field(index: int) -> str:

@@ -46,14 +46,23 @@ class Guard:
     context  the text that stands before it (a prompt before its output): what begins there and ends
              here is found, and the part that lies here is what it covers
 
+    patterns_only  apply only rules of phrases and expressions
+
     `findings` grows as text comes. Not thread-safe.
     """
 
-    def __init__(self, chain: Chain, is_rejected: IsRejected, context: str = "") -> None:
+    def __init__(
+        self,
+        chain: Chain,
+        is_rejected: IsRejected,
+        context: str = "",
+        *,
+        patterns_only: bool = False,
+    ) -> None:
         self._chain = chain
         self._is_rejected = is_rejected
         tail = context[-chain.context :] if chain.context else ""
-        reading, others = chain.matchers(len(tail))
+        reading, others = chain.matchers(len(tail), patterns_only=patterns_only)
         for matcher, _ in reading:
             matcher.push(tail)
         self._matchers: list[Matcher] = []

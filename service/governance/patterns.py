@@ -91,7 +91,7 @@ class Graph:
             raise PatternError(f"{_shown(expression)} matches the empty text")
         if longest > window:
             raise PatternError(
-                f"{_shown(expression)} can match {longest} characters, which is more than its window of "
+                f"{_shown(expression)} can match {longest} characters, more than its window of "
                 f"{window}"
             )
         start = self._new()
@@ -146,7 +146,8 @@ class _Builder:
                 _, added, removed, inner = argument
                 return self.add(inner, state, (flags | added) & ~removed)
             case "MAX_REPEAT" | "MIN_REPEAT":
-                return self._add_repeat(*argument, state, flags)
+                low, high, inner = argument
+                return self._add_repeat(low, high, inner, state, flags)
             case "AT":
                 end = self._new()
                 boundary = str(argument) == "AT_BOUNDARY"
@@ -189,8 +190,8 @@ class _Builder:
     def _new(self) -> int:
         if len(self._graph.accepts) >= self._most_states:
             raise PatternError(
-                f"{_shown(self._expression)} needs more than {MOST_STATES_OF_ONE_EXPRESSION} states: "
-                "make its repetitions smaller"
+                f"{_shown(self._expression)} needs more than {MOST_STATES_OF_ONE_EXPRESSION} "
+                "states: make its repetitions smaller"
             )
         return self._graph._new()
 
@@ -232,8 +233,8 @@ class _Widths:
     def _of_repeat(self, low: int, high: int, inner: Any) -> tuple[int, int]:
         if high is _constants.MAXREPEAT or high > MOST_WINDOW:
             raise PatternError(
-                f"{_shown(self._expression)} repeats without a limit of at most {MOST_WINDOW}: write "
-                "{1,40} instead of +, {0,40} instead of *"
+                f"{_shown(self._expression)} repeats without a limit of at most {MOST_WINDOW}: "
+                "write {1,40} instead of +, {0,40} instead of *"
             )
         shortest, longest = self.of(inner)
         if longest == 0:

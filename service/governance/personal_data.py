@@ -1,9 +1,9 @@
 """Personal data: e-mail and IP addresses, telephone, card, account and identity numbers.
 
 phonenumbers knows the numbering plans, python-stdnum the check digits; what is ours is where to
-look, so that a number in several words or tokens is seen whole. A text is cut into segments that no
-such datum crosses: a word, or several words of digits ("+49 30 1234 567", "GB29 NWBK 6016"). Only the
-last segment of a stream is held back, so prose waits for the end of a word at most.
+look, so that a number in several words or tokens is seen whole. A text is cut into segments that
+no such datum crosses: a word, or several words of digits ("+49 30 1234 567", "GB29 NWBK 6016").
+Only the last segment of a stream is held back, so prose waits for the end of a word at most.
 
 Looked for in ASCII characters, full-width ones read as such; account numbers in groups are seen in
 capitals only.
@@ -21,16 +21,16 @@ from gptjet.service.governance.libraries import load
 
 # Longer than any datum: an e-mail address has at most 254 characters (RFC 5321, 4.5.3.1.3).
 _LONGEST = 256
-_INNER = frozenset(
-    "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789@._%+-()/:#'"
-)
+_INNER = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789@._%+-()/:#'")
 _DIGITS = frozenset("0123456789")
 # White space that may stand inside a number.
 _JOINERS = frozenset(" \u00a0\u2007\u202f")
 _GROUP = re.compile(r"[A-Za-z0-9]+")
 _SHORT_CAPITALS = re.compile(r"[A-Z]{1,4}")
 _EMAIL = re.compile(r"[A-Za-z0-9._%+'-]{1,64}@[A-Za-z0-9-]{1,63}(?:\.[A-Za-z0-9-]{1,63}){1,8}")
-_IP = re.compile(r"(?<![0-9A-Za-z.:])(?:[0-9]{1,3}(?:\.[0-9]{1,3}){3}|[0-9A-Fa-f:]{2,39})(?![0-9A-Za-z])")
+_IP = re.compile(
+    r"(?<![0-9A-Za-z.:])(?:[0-9]{1,3}(?:\.[0-9]{1,3}){3}|[0-9A-Fa-f:]{2,39})(?![0-9A-Za-z])"
+)
 _SEPARATORS = re.compile(r"[ \-./]{0,3}")
 _FEWEST_PHONE_DIGITS = 7
 # ISO/IEC 7812-1 card numbers as issued; ISO 13616 account numbers; the rest of python-stdnum.
@@ -223,7 +223,9 @@ class PersonalDataMatcher:
         return found
 
     def _look(self, segment: str) -> list[Found]:
-        if len(segment) < 3 or ("@" not in segment and ":" not in segment and not _has_digit(segment)):
+        if len(segment) < 3 or (
+            "@" not in segment and ":" not in segment and not _has_digit(segment)
+        ):
             return []
         found = {
             Found(owner, self._start + start, self._start + end, self._position)

@@ -95,7 +95,7 @@ class Chain:
         self._verdicts: dict[str, bool] = {}
 
     def matchers(
-        self, context: int
+        self, context: int, *, patterns_only: bool = False
     ) -> tuple[list[tuple[Matcher, bool]], list[tuple[Matcher, bool]]]:
         """New matchers: those that read `context` characters before the text first, and the others.
 
@@ -104,6 +104,8 @@ class Chain:
         reading: list[tuple[Matcher, bool]] = [
             (PatternMatcher(automaton, -context), holds) for automaton, holds in self._automata
         ]
+        if patterns_only:
+            return reading, []
         reading += [
             (PersonalDataMatcher(finders, -context), holds)
             for holds, finders in self._finders.items()

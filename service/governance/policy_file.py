@@ -65,7 +65,8 @@ class RuleSettings(BaseModel):
         kinds = [name for name, there in given.items() if there]
         if len(kinds) != 1:
             raise ValueError(
-                f"a rule has one of {'; '.join(given)}; this one has {' and '.join(kinds) or 'none'}"
+                f"a rule has one of {'; '.join(given)}; this one has "
+                f"{' and '.join(kinds) or 'none'}"
             )
         if self.regexes and self.window is None:
             raise ValueError("regexes need a window: the most characters that one may match")

@@ -1,8 +1,8 @@
 """Writes decisions down in a thread of its own, so that a slow disk holds up no request.
 
-The queue to that thread is bounded. What becomes of a request whose decision cannot be written is a
-setting: fail closed (the default) refuses it, fail open lets it pass. Both count it; the log says it
-when it begins and when it is over.
+The queue to that thread is bounded. What becomes of a request whose decision cannot be written is
+a setting: fail closed (the default) refuses it, fail open lets it pass. Both count it; the log says
+it when it begins and when it is over.
 """
 
 from __future__ import annotations
@@ -109,8 +109,7 @@ class Recorder:
         within the timeout; failing open it waits for nothing.
         """
         if self._fail_open:
-            with contextlib.suppress(RecordError):
-                self._put(_Job(records, flagged))
+            self.record_later(records, flagged)
             return
         loop = asyncio.get_running_loop()
         written: asyncio.Future[None] = loop.create_future()
@@ -135,6 +134,13 @@ class Recorder:
             self.counters.timed_out += 1
             self._complain(f"a decision was not written within {self._timeout_s:g} s")
             raise RecordError("a decision was not written in time") from None
+
+    def record_later(
+        self, records: Sequence[Mapping[str, object]], flagged: Sequence[Flagged]
+    ) -> None:
+        """Write records without waiting for it; for a request that has ended anyway."""
+        with contextlib.suppress(RecordError):
+            self._put(_Job(records, flagged))
 
     def _put(self, job: _Job) -> None:
         try:
@@ -195,7 +201,7 @@ class Recorder:
             self._complain(str(error))
         try:
             self._on_tick()
-        except Exception as error:  # noqa: BLE001 - a bug there must not end the log
+        except Exception as error:
             logger.error("governance: the watch of the policy failed", exc_info=error)
 
     def _queue(self) -> ReviewQueue:

@@ -1,8 +1,8 @@
 """The review queue: what flag rules found, for a person to approve or reject. SQLite, WAL.
 
 One item is one rule and one text that it found, known by its digest: a text that is found again is
-counted, not queued again. A decision has its reviewer, its time and a note, and stays with the item;
-every decision ever made is kept in `decisions`, also one that was changed later.
+counted, not queued again. A decision has its reviewer, its time and a note; every decision ever
+made is kept in `decisions`, also one that was changed later.
 """
 
 from __future__ import annotations
@@ -131,8 +131,10 @@ class ReviewQueue:
         """Queue findings; one that is there already is counted."""
         time = now()
         rows = [
-            (f.rule, f.digest, time, time, f.request_id, f.method, f.direction, f.field)
-            + (f.start, f.end, f.excerpt)
+            (
+                *(f.rule, f.digest, time, time, f.request_id, f.method),
+                *(f.direction, f.field, f.start, f.end, f.excerpt),
+            )
             for f in flagged
         ]
         with self._transaction():

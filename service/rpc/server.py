@@ -22,8 +22,10 @@ from gptjet.service.engine.async_engine import AsyncEngine
 from gptjet.service.engine.backend import Backend
 from gptjet.service.engine.errors import BackendLoadError
 from gptjet.service.engine.tokenizer import Tokenizer
+from gptjet.service.governance.governance import Governance, GovernanceError
 from gptjet.service.log import configure_logging, get_logger
 from gptjet.service.rpc import health, listen
+from gptjet.service.rpc.governed import open_governance
 from gptjet.service.rpc.interceptors import RequestInterceptor
 from gptjet.service.rpc.listen import ListenError
 from gptjet.service.rpc.servicer import SERVICE_NAME, TextGenerationServicer
@@ -67,6 +69,7 @@ class Server:
         self.config = config
         self.port = 0
         self.engine: AsyncEngine | None = None
+        self.governance: Governance | None = None
         self._codec: TextCodec | None = None
         self._servicer = TextGenerationServicer(config)
         self._health = health.HealthServicer(("", SERVICE_NAME))
@@ -77,8 +80,11 @@ class Server:
     async def start(self) -> None:
         """Listen. Health says NOT_SERVING and requests get UNAVAILABLE until `attach`.
 
-        Raises ListenError with one line if that cannot be.
+        Raises ListenError or GovernanceError if that cannot be.
         """
+        self.governance = open_governance(self.config)
+        if self.governance is not None:
+            self._servicer.govern(self.governance)
         server = grpc.aio.server(
             interceptors=[self._rpcs], options=listen.channel_options(self.config)
         )
@@ -129,6 +135,8 @@ class Server:
             # Health watchers never end by themselves, so this waits for them in vain; and the
             # statuses of requests that have just ended are still being sent.
             await self._grpc.stop(_FLUSH_S)
+        if self.governance is not None:
+            await asyncio.to_thread(self.governance.close)
         if self._wrote_port_file and self.config.port_file is not None:
             listen.remove_port_file(self.config.port_file)
         return ended
@@ -164,9 +172,10 @@ async def serve(config: ServerConfig, *, loader: Loader) -> int:
     server = Server(config)
     try:
         await server.start()
-    except ListenError as error:
+    except (ListenError, GovernanceError) as error:
         await server.drain(0.0)
         return _give_up(str(error))
+    _reload_on_hangup(server)
     bringing_up = asyncio.create_task(_bring_up(server, loader))
     stopping = asyncio.create_task(stop.wait())
     await asyncio.wait({bringing_up, stopping}, return_when=asyncio.FIRST_COMPLETED)
@@ -263,6 +272,15 @@ def _stop_on_signals() -> asyncio.Event:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal, number)
     return stop
+
+
+def _reload_on_hangup(server: Server) -> None:
+    """SIGHUP reads the policy again; without one it does what it does to any process."""
+    governance = server.governance
+    if governance is None:
+        return
+    loop = asyncio.get_running_loop()
+    loop.add_signal_handler(signal.SIGHUP, lambda: loop.run_in_executor(None, governance.reload))
 
 
 def _exit_now(code: int) -> None:

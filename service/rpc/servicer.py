@@ -16,10 +16,12 @@ from gptjet.service.config import ServerConfig
 from gptjet.service.engine.async_engine import AsyncEngine, RequestStream
 from gptjet.service.engine.errors import EngineUnavailableError
 from gptjet.service.engine.request import FinishReason, RequestOutput, new_request
+from gptjet.service.governance.governance import Governance
 from gptjet.service.rpc import convert
+from gptjet.service.rpc.governed import GovernedCall, GovernedOutput
 from gptjet.service.rpc.interceptors import RequestRecord, current_record
 from gptjet.service.rpc.score_request import bounded_ids, score_request_from_pb
-from gptjet.service.rpc.status import DeadlineExceededError
+from gptjet.service.rpc.status import DeadlineExceededError, PolicyBlockedError
 from gptjet.service.rpc.text import TextCodec
 
 if TYPE_CHECKING:
@@ -41,11 +43,16 @@ class TextGenerationServicer(pb_grpc.TextGenerationServicer):
         self._version = _server_version()
         self._engine: AsyncEngine | None = None
         self._codec: TextCodec | None = None
+        self._governance: Governance | None = None
         self._refusal: tuple[str, float] | None = ("the model is loading", _LOADING_RETRY_S)
 
     def attach(self, engine: AsyncEngine, codec: TextCodec) -> None:
         """Serve requests with a started engine."""
         self._engine, self._codec, self._refusal = engine, codec, None
+
+    def govern(self, governance: Governance) -> None:
+        """Judge every text that comes and goes by its policy."""
+        self._governance = governance
 
     def refuse(self, reason: str) -> None:
         """Answer every new request with UNAVAILABLE."""
@@ -55,7 +62,7 @@ class TextGenerationServicer(pb_grpc.TextGenerationServicer):
         self, request: pb.GenerateRequest, _context: _Context
     ) -> pb.GenerateResponse:
         """One answer at the end."""
-        stream = await self._submit(request)
+        stream, governed = await self._submit(request)
         response = pb.GenerateResponse()
         texts: list[list[str]] = []
         for index in range(stream.request.sampling_params.n):
@@ -65,11 +72,14 @@ class TextGenerationServicer(pb_grpc.TextGenerationServicer):
         try:
             async for output in stream:
                 _observe(output, record)
+                if governed is not None:
+                    output, blocked = await governed.clear(output)
+                    _raise_if_blocked(blocked, record)
                 convert.append_output(response.sequences[output.index], texts[output.index], output)
                 if output.summary is not None:
                     response.summary.CopyFrom(convert.summary_to_pb(output.summary))
         finally:
-            _leave(stream, record)
+            _leave(stream, record, governed)
         for sequence, parts in zip(response.sequences, texts, strict=True):
             sequence.text = "".join(parts)
         return response
@@ -79,19 +89,23 @@ class TextGenerationServicer(pb_grpc.TextGenerationServicer):
         self, request: pb.GenerateStreamRequest, context: _Context
     ) -> None:
         """One message a step and sequence, then the summary."""
-        stream = await self._submit(request)
+        stream, governed = await self._submit(request)
         record = current_record()
         try:
             async for output in stream:
                 _observe(output, record)
+                blocked = None
+                if governed is not None:
+                    output, blocked = await governed.clear(output)
                 if output.text or output.token_ids:
                     chunk = convert.chunk_to_pb(output)
                     await context.write(pb.GenerateStreamResponse(chunk=chunk))
+                _raise_if_blocked(blocked, record)
                 if output.summary is not None:
                     summary = convert.summary_to_pb(output.summary)
                     await context.write(pb.GenerateStreamResponse(summary=summary))
         finally:
-            _leave(stream, record)
+            _leave(stream, record, governed)
 
     async def Score(  # noqa: N802
         self, request: pb.ScoreRequest, _context: _Context
@@ -100,8 +114,6 @@ class TextGenerationServicer(pb_grpc.TextGenerationServicer):
         record = current_record()
         record.request_id = request.request_id or None
         engine, codec = self._ready()
-        if self._config.log_prompts:
-            record.prompt = request.text or str(list(request.token_ids.ids))
         domain = await score_request_from_pb(
             request,
             codec,
@@ -110,6 +122,13 @@ class TextGenerationServicer(pb_grpc.TextGenerationServicer):
             deadline_ns=record.deadline_ns,
         )
         record.request_id = domain.request_id
+        call_policy = self._governed(engine, codec, domain.request_id)
+        if call_policy is not None:
+            domain = await call_policy.score_request(domain)
+        if self._config.log_prompts:
+            # What a rule may have taken out stays out of the log, too.
+            given = request.text if call_policy is None else ""
+            record.prompt = given or str(list(domain.prompt_token_ids))
         record.prompt_tokens = len(domain.prompt_token_ids)
         record.candidates = len(domain.candidates)
         record.candidate_tokens = domain.candidate_tokens
@@ -129,8 +148,13 @@ class TextGenerationServicer(pb_grpc.TextGenerationServicer):
         self, request: pb.TokenizeRequest, _context: _Context
     ) -> pb.TokenizeResponse:
         """Text to ids."""
-        _, codec = self._ready()
+        engine, codec = self._ready()
         ids, pieces = await codec.tokenize(request.text)
+        call_policy = self._governed(engine, codec)
+        if call_policy is not None:
+            judged = await call_policy.text("text", request.text)
+            if judged != request.text:
+                ids, pieces = await codec.tokenize(judged)
         return pb.TokenizeResponse(ids=ids, pieces=pieces)
 
     async def Detokenize(  # noqa: N802
@@ -139,6 +163,10 @@ class TextGenerationServicer(pb_grpc.TextGenerationServicer):
         """Ids to text."""
         engine, codec = self._ready()
         text = await codec.detokenize(request.ids, engine.spec.vocab_size)
+        call_policy = self._governed(engine, codec)
+        if call_policy is not None:
+            text = await call_policy.text("ids", text)
+            text = await call_policy.text("text", text, "output")
         return pb.DetokenizeResponse(text=text)
 
     async def GetModel(  # noqa: N802
@@ -164,27 +192,43 @@ class TextGenerationServicer(pb_grpc.TextGenerationServicer):
         assert self._codec is not None
         return self._engine, self._codec
 
-    async def _submit(self, message: convert.GenerateMessage) -> RequestStream:
-        """Queue the request a message describes."""
+    def _governed(
+        self, engine: AsyncEngine, codec: TextCodec, request_id: str = ""
+    ) -> GovernedCall | None:
+        if self._governance is None:
+            return None
+        method = current_record().method
+        return GovernedCall(self._governance, engine, codec, method=method, request_id=request_id)
+
+    async def _submit(
+        self, message: convert.GenerateMessage
+    ) -> tuple[RequestStream, GovernedOutput | None]:
+        """Queue the request a message describes, and what clears its outputs where one must."""
         record = current_record()
         record.request_id = message.request_id or None
         engine, codec = self._ready()
         params = convert.sampling_params_from_pb(message.sampling_params)
-        if self._config.log_prompts:
-            record.prompt = message.text or str(list(message.token_ids.ids))
         prompt_token_ids = await self._prompt_token_ids(message, engine, codec)
+        prompt, request_id = message.text, message.request_id
+        call_policy = self._governed(engine, codec, request_id)
+        if call_policy is not None:
+            record.request_id = request_id = request_id or call_policy.request_id
+            given = None if message.WhichOneof("prompt") == "token_ids" else message.text
+            prompt, prompt_token_ids = await call_policy.prompt(given, prompt_token_ids, params)
+        if self._config.log_prompts:
+            record.prompt = prompt or str(list(prompt_token_ids))
         record.prompt_tokens = len(prompt_token_ids)
         request = new_request(
             prompt_token_ids,
             params,
-            request_id=message.request_id,
+            request_id=request_id,
             arrival_ns=record.started_ns,
             deadline_ns=record.deadline_ns,
         )
         record.request_id = request.request_id
         stream = engine.submit(request)
         record.output_tokens = 0
-        return stream
+        return stream, None if call_policy is None else call_policy.output(request, prompt)
 
     async def _prompt_token_ids(
         self, message: convert.GenerateMessage, engine: AsyncEngine, codec: TextCodec
@@ -217,10 +261,18 @@ def _raise_unless_finished(reason: FinishReason | None, error: Exception | None)
         raise EngineUnavailableError("the server stopped before the request was finished")
 
 
-def _leave(stream: RequestStream, record: RequestRecord) -> None:
+def _raise_if_blocked(blocked: PolicyBlockedError | None, record: RequestRecord) -> None:
+    if blocked is not None:
+        record.finish_reason = FinishReason.ERROR
+        raise blocked
+
+
+def _leave(stream: RequestStream, record: RequestRecord, governed: GovernedOutput | None) -> None:
     """Take an unfinished request out of the engine; nothing happens to a finished one."""
     if record.summary is None:
         stream.cancel(record.leave())
+    if governed is not None:
+        governed.close()
 
 
 def _server_version() -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterable
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -72,7 +73,7 @@ def apply(chain: Chain, pieces: Iterable[str], context: str = "") -> tuple[str, 
 
 def split(text: str, cuts: Iterable[int]) -> list[str]:
     places = sorted({min(cut, len(text)) for cut in cuts} | {0, len(text)})
-    return [text[a:b] for a, b in zip(places, places[1:], strict=False)]
+    return [text[a:b] for a, b in pairwise(places)]
 
 
 TEXTS = st.text("evilb 12é\u200b", max_size=24)
@@ -291,7 +292,9 @@ def test_ids_are_withheld_where_they_do_not_determine_their_text() -> None:
 
 
 def test_flags_alone_hold_nothing_back(make_policy: MakePolicy) -> None:
-    chain = make_policy('[[rules]]\nname = "f"\naction = "flag"\nphrases = ["evil"]').chains["output"]
+    chain = make_policy('[[rules]]\nname = "f"\naction = "flag"\nphrases = ["evil"]').chains[
+        "output"
+    ]
     guard: SequenceGuard[int] = SequenceGuard(chain, never, TOKENS.token_bytes)
     first = guard.push("ev", list(b"ev"), [1, 2])
     assert (first.text, first.token_ids, first.logprobs) == ("ev", tuple(b"ev"), (1, 2))
