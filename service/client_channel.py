@@ -24,6 +24,7 @@ _RETRY_BUFFER_BYTES = 4 * 1024 * 1024
 PROBE_TIMEOUT_S = 5.0
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 1.0
 _DETAILS_KEY = "grpc-status-details-bin"
+_POLICY_BLOCKED_REASON = "POLICY_BLOCKED"
 
 _ERRORS: dict[grpc.StatusCode, type[types.GptjetError]] = {
     grpc.StatusCode.INVALID_ARGUMENT: types.InvalidRequestError,
@@ -102,6 +103,7 @@ def from_rpc_error(error: Any) -> types.GptjetError:
     violations: tuple[types.FieldViolation, ...] = ()
     retry_after_s: float | None = None
     bad_request, retry_info = error_details_pb2.BadRequest(), error_details_pb2.RetryInfo()
+    error_info = error_details_pb2.ErrorInfo()
     for detail in _status(error).details:
         if detail.Unpack(bad_request):
             violations = tuple(
@@ -110,7 +112,11 @@ def from_rpc_error(error: Any) -> types.GptjetError:
             )
         elif detail.Unpack(retry_info):
             retry_after_s = retry_info.retry_delay.ToMilliseconds() / 1000
+        else:
+            detail.Unpack(error_info)
     cls = _ERRORS.get(code, types.GptjetError)
+    if error_info.reason == _POLICY_BLOCKED_REASON:
+        cls = types.PolicyBlockedError
     if cls is types.ResourceExhaustedError and retry_after_s is not None:
         cls = types.QueueFullError
     return cls(code, message, violations, retry_after_s)
