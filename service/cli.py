@@ -30,6 +30,10 @@ class CommandEntry:
 
 COMMANDS = (
     CommandEntry("Server", "serve", "Start the gRPC server."),
+    CommandEntry("Server", "policy", "Check a policy file, and try it on a text."),
+    CommandEntry(
+        "Server", "review", "Decide on what the policy flagged: list, show, approve, reject."
+    ),
     CommandEntry("Client", "generate", "Stream one completion in the terminal."),
     CommandEntry(
         "Client", "score", "Say how likely the model finds each of several continuations."

@@ -56,6 +56,16 @@ _PANELS = {
         "reflection",
     ),
     "TLS": ("tls_cert", "tls_key", "tls_client_ca"),
+    "Governance": (
+        "governance_policy",
+        "governance_dir",
+        "governance_fail_open",
+        "governance_timeout_s",
+        "governance_excerpts",
+        "governance_audit_max_bytes",
+        "governance_audit_files",
+        "governance_audit_fsync",
+    ),
 }
 _LAST_PANEL = "Operation"
 
@@ -71,7 +81,7 @@ def with_server_settings(
     The command takes them as one parameter `settings: dict[str, Any]`, holding those that were
     given, ready for `load_config(**settings)`. `panel` overrides the help panel.
     """
-    chosen = names or tuple(ServerConfig.model_fields)
+    chosen = names or tuple(sorted(ServerConfig.model_fields, key=_place_of_panel))
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
         signature = inspect.signature(function, eval_str=True)
@@ -163,6 +173,11 @@ def _limits(metadata: Iterable[Any]) -> str:
         case {"le": high}:
             return f"{high} or less"
     return ""
+
+
+def _place_of_panel(name: str) -> int:
+    """Fields that a base class brings come first in the model; their panel does not."""
+    return [*_PANELS, _LAST_PANEL].index(_panel_of(name))
 
 
 def _panel_of(name: str) -> str:

@@ -157,16 +157,12 @@ async def test_a_blocked_output_says_its_rule_in_an_error_info(
         ("Score", pb.ScoreRequest(text="top ", candidates=[{"text": "secret"}]), "candidates[0]"),
         (
             "Score",
-            pb.ScoreRequest(
-                text="a", candidates=[{"text": "x"}], calibration_text="top secret"
-            ),
+            pb.ScoreRequest(text="a", candidates=[{"text": "x"}], calibration_text="top secret"),
             "calibration_prompt",
         ),
         (
             "Score",
-            pb.ScoreRequest(
-                text="a", candidates=[{"text": "x"}], request_id="TOP SECRET"
-            ),
+            pb.ScoreRequest(text="a", candidates=[{"text": "x"}], request_id="TOP SECRET"),
             "request_id",
         ),
         ("Tokenize", pb.TokenizeRequest(text="top secret"), "text"),
