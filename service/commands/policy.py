@@ -92,14 +92,14 @@ def _rules(policy: Policy) -> list[dict[str, str]]:
             "name": settings.name,
             "action": settings.action,
             "kind": rule.kind,
-            "what": _what(settings, policy),
+            "what": _what(settings),
             "on": " and ".join(settings.on),
         }
         for settings, rule in zip(policy.settings.rules, policy.rules, strict=True)
     ]
 
 
-def _what(settings: RuleSettings, policy: Policy) -> str:
+def _what(settings: RuleSettings) -> str:
     if settings.personal_data:
         regions = f" (numbers as in {', '.join(settings.regions)})" if settings.regions else ""
         return f"personal data: {', '.join(settings.personal_data)}{regions}"

@@ -78,6 +78,7 @@ class Guard:
         self._released = 0
         self._redacted_to = 0
         self._spans: list[tuple[int, int, int, str]] = []
+        # (end, start) of what is redacted, by the end.
         self._covered: list[tuple[int, int]] = []
         self.hold = 0
         self.findings: list[Finding] = []
@@ -139,11 +140,11 @@ class Guard:
 
         Of an empty range: whether it lies inside of something. Ranges are asked in their order.
         """
-        while self._covered and self._covered[0][1] <= start:
+        while self._covered and self._covered[0][0] <= start:
             self._covered.pop(0)
         if start == end:
-            return any(first < start < last for first, last in self._covered)
-        return any(first < end and start < last for first, last in self._covered)
+            return any(first < start < last for last, first in self._covered)
+        return any(first < end and start < last for last, first in self._covered)
 
     def _take(self, found: list[Found]) -> int | None:
         """Note what was found; if that blocks, after how many characters it did."""
@@ -158,8 +159,7 @@ class Guard:
             if finding.action == "redact":
                 span = (finding.start, item.owner, finding.end, finding.rule.replacement)
                 insort(self._spans, span)
-                self._covered.append((finding.start, finding.end))
-                self._covered.sort(key=lambda pair: pair[1])
+                insort(self._covered, (finding.end, finding.start))
         return None
 
     def _finding(self, item: Found) -> Finding:

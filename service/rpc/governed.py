@@ -16,6 +16,7 @@ from gptjet.service.config import ServerConfig
 from gptjet.service.engine.errors import EngineUnavailableError
 from gptjet.service.engine.request import (
     MAX_REQUEST_ID_LENGTH,
+    MAX_STOP_STRING_LENGTH,
     Request,
     RequestOutput,
     RequestSummary,
@@ -80,8 +81,7 @@ class GovernedCall:
         self._engine = engine
         self._codec = codec
         self._method = method
-        # One over the limit is refused by the engine; the audit log need not hold all of it.
-        self.request_id = request_id[: MAX_REQUEST_ID_LENGTH + 1] or uuid.uuid4().hex
+        self.request_id = request_id or uuid.uuid4().hex
         self._given_id = request_id
 
     async def judge(self, texts: Sequence[FieldText], direction: Direction) -> list[str]:
@@ -112,6 +112,7 @@ class GovernedCall:
         texts += [
             FieldText(f"sampling_params.stop[{index}]", stop, rewritable=False)
             for index, stop in enumerate(params.stop)
+            if len(stop) <= MAX_STOP_STRING_LENGTH  # the engine refuses a longer one
         ]
         judged, *_ = await self.judge(texts, "input")
         if judged != original:
@@ -165,11 +166,12 @@ class GovernedCall:
         return await self._codec.detokenize(known, vocab_size)
 
     def _request_id_field(self) -> list[FieldText]:
-        if not self._given_id:
-            return []
+        if not self._given_id or len(self._given_id) > MAX_REQUEST_ID_LENGTH:
+            return []  # a longer one is refused by the engine
         return [FieldText("request_id", self._given_id, rewritable=False, patterns_only=True)]
 
     def _id_to_log(self) -> str:
+        """A caller's id can be as long as a message may be, until the engine refuses it."""
         return self.request_id[:MAX_REQUEST_ID_LENGTH]
 
 

@@ -197,8 +197,13 @@ class TextGenerationServicer(pb_grpc.TextGenerationServicer):
     ) -> GovernedCall | None:
         if self._governance is None:
             return None
-        method = current_record().method
-        return GovernedCall(self._governance, engine, codec, method=method, request_id=request_id)
+        record = current_record()
+        call_policy = GovernedCall(
+            self._governance, engine, codec, method=record.method, request_id=request_id
+        )
+        # The log line and the decisions are found by the same id.
+        record.request_id = call_policy.request_id
+        return call_policy
 
     async def _submit(
         self, message: convert.GenerateMessage
@@ -212,7 +217,7 @@ class TextGenerationServicer(pb_grpc.TextGenerationServicer):
         prompt, request_id = message.text, message.request_id
         call_policy = self._governed(engine, codec, request_id)
         if call_policy is not None:
-            record.request_id = request_id = request_id or call_policy.request_id
+            request_id = call_policy.request_id
             given = None if message.WhichOneof("prompt") == "token_ids" else message.text
             prompt, prompt_token_ids = await call_policy.prompt(given, prompt_token_ids, params)
         if self._config.log_prompts:
