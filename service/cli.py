@@ -39,6 +39,10 @@ COMMANDS = (
         "metrics",
         "Print the Grafana dashboard, the Prometheus alert rules or their tests.",
     ),
+    CommandEntry("Server", "policy", "Check a policy file, and try it on a text."),
+    CommandEntry(
+        "Server", "review", "Decide on what the policy flagged: list, show, approve, reject."
+    ),
     CommandEntry("Client", "generate", "Stream one completion in the terminal."),
     CommandEntry(
         "Client", "score", "Say how likely the model finds each of several continuations."

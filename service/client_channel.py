@@ -30,6 +30,7 @@ _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 1.0
 # Visible ASCII, at most what a server takes of metadata besides everything else in it.
 _TOKEN = re.compile(r"[\x21-\x7e]{1,4096}")
 _DETAILS_KEY = "grpc-status-details-bin"
+_POLICY_BLOCKED_REASON = "POLICY_BLOCKED"
 
 _ERRORS: dict[grpc.StatusCode, type[types.GptjetError]] = {
     grpc.StatusCode.INVALID_ARGUMENT: types.InvalidRequestError,
@@ -179,6 +180,7 @@ def from_rpc_error(error: Any) -> types.GptjetError:
     retry_after_s: float | None = None
     bad_request, retry_info = error_details_pb2.BadRequest(), error_details_pb2.RetryInfo()
     quota_failure, is_quota = error_details_pb2.QuotaFailure(), False
+    error_info = error_details_pb2.ErrorInfo()
     for detail in _status(error).details:
         if detail.Unpack(bad_request):
             violations = tuple(
@@ -189,7 +191,11 @@ def from_rpc_error(error: Any) -> types.GptjetError:
             retry_after_s = retry_info.retry_delay.ToMilliseconds() / 1000
         elif detail.Unpack(quota_failure):
             is_quota = True
+        else:
+            detail.Unpack(error_info)
     cls = _ERRORS.get(code, types.GptjetError)
+    if error_info.reason == _POLICY_BLOCKED_REASON:
+        cls = types.PolicyBlockedError
     if cls is types.ResourceExhaustedError:
         if is_quota:
             cls = types.QuotaExceededError

@@ -354,5 +354,12 @@ class CancelledError(GptjetError):
     """The call was cancelled, by this client or on the way."""
 
 
+class PolicyBlockedError(GptjetError):
+    """The server's policy does not let the request or its output pass; the message names the rule.
+
+    What a stream has given out before stands.
+    """
+
+
 class InternalError(GptjetError):
     """The server failed; its log has more under the error id in the message."""

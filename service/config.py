@@ -18,6 +18,7 @@ from typing import Any, Literal
 from pydantic import ConfigDict, Field, ValidationError
 
 from gptjet.service.config_access import AccessSettings
+from gptjet.service.config_governance import GovernanceConfig
 from gptjet.service.config_limits import LimitsConfig
 from gptjet.service.config_observability import ObservabilitySettings
 from gptjet.service.engine.config import EngineConfig
@@ -52,7 +53,7 @@ class ConfigError(Exception):
     """The settings are not usable; the message names each bad key, its source and its limit."""
 
 
-class ServerConfig(AccessSettings, LimitsConfig, ObservabilitySettings):
+class ServerConfig(AccessSettings, LimitsConfig, ObservabilitySettings, GovernanceConfig):
     """Everything `gptjet serve` can be told. Limits of the model itself stand in BackendSpec."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)

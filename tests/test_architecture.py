@@ -26,6 +26,7 @@ ALLOWED: dict[str, frozenset[str]] = {
     "gptjet.service.engine": frozenset(),
     "gptjet.service.embedded": frozenset(),
     "gptjet.service.log": frozenset(),
+    "gptjet.service.governance": frozenset({"gptjet.service.log"}),
     "gptjet.service.config": frozenset({"gptjet.service.engine"}),
     # Of the engine, a model knows the error that says "this cannot be loaded", and nothing else.
     "gptjet.service.models": frozenset(
@@ -42,6 +43,7 @@ ALLOWED: dict[str, frozenset[str]] = {
             "gptjet.proto",
             "gptjet.service.config",
             "gptjet.service.engine",
+            "gptjet.service.governance",
             "gptjet.service.log",
             "gptjet.service.observability",
         }
@@ -63,6 +65,7 @@ BANNED: dict[str, set[str]] = {
     "gptjet.service.backends": _WIRE,
     "gptjet.service.client": _CONCRETE | {"numpy", "torch"},
     "gptjet.service.engine": _CONCRETE | _HTTP | _WIRE | _WATCHING,
+    "gptjet.service.governance": _CONCRETE | _HTTP | _WIRE | {"torch"},
     "gptjet.service.observability": _CONCRETE | _WIRE | {"torch"},
     "gptjet.service.rpc": _CONCRETE | _WATCHING | {"torch"},
 }

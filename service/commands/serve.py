@@ -29,6 +29,7 @@ $ gptjet serve
 $ gptjet serve --model EleutherAI/gpt-j-6b --port 50051
 $ gptjet serve --model ./checkpoint --device cuda --dtype float16 --host 0.0.0.0
 $ gptjet serve --tls-cert server.pem --tls-key server.key --log-format json
+$ gptjet serve --governance-policy policy.toml --governance-dir /var/lib/gptjet/governance
 $ gptjet serve --port 50052 --print-config > gptjet.toml && gptjet serve --config gptjet.toml
 """
 

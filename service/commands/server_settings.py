@@ -77,6 +77,16 @@ _PANELS = {
         "access_reload_s",
     ),
     "Administration": ("admin_port", "admin_host", "admin_socket"),
+    "Governance": (
+        "governance_policy",
+        "governance_dir",
+        "governance_fail_open",
+        "governance_timeout_s",
+        "governance_excerpts",
+        "governance_audit_max_bytes",
+        "governance_audit_files",
+        "governance_audit_fsync",
+    ),
 }
 _LAST_PANEL = "Operation"
 

@@ -23,6 +23,7 @@ from gptjet.service.engine.async_engine import AsyncEngine
 from gptjet.service.engine.backend import Backend
 from gptjet.service.engine.errors import BackendLoadError
 from gptjet.service.engine.tokenizer import Tokenizer
+from gptjet.service.governance.governance import Governance, GovernanceError
 from gptjet.service.log import configure_logging, get_logger
 from gptjet.service.observability.errors import ObservabilityError
 from gptjet.service.observability.setup import Observability, set_up
@@ -30,6 +31,7 @@ from gptjet.service.rpc import health, listen, sockets
 from gptjet.service.rpc.access.control import AccessControl
 from gptjet.service.rpc.access.errors import AccessError
 from gptjet.service.rpc.admin_server import AdminServer
+from gptjet.service.rpc.governed import open_governance
 from gptjet.service.rpc.interceptors import RequestInterceptor
 from gptjet.service.rpc.listen import ListenError
 from gptjet.service.rpc.servicer import (
@@ -80,6 +82,7 @@ class Server:
         self.config = config
         self.port = 0
         self.engine: AsyncEngine | None = None
+        self.governance: Governance | None = None
         self._codec: TextCodec | None = None
         self._health = health.HealthServicer(("", SERVICE_NAME))
         self.observability = observability or set_up(
@@ -111,13 +114,16 @@ class Server:
         """Listen. Health says NOT_SERVING and requests get UNAVAILABLE until `attach`.
 
         With reuse_port, `attach` listens instead: another server on the port serves until then, and
-        half of its callers would come here. Raises ListenError or ObservabilityError with one line
-        if that cannot be.
+        half of its callers would come here. Raises ListenError, ObservabilityError or
+        GovernanceError with one line if that cannot be.
         """
         try:
             self._access = AccessControl(self.config)
         except AccessError as error:
             raise ListenError(str(error)) from error
+        self.governance = open_governance(self.config)
+        if self.governance is not None:
+            self._servicer.govern(self.governance)
         self._serve_metrics()
         if self.config.reuse_port:
             listen.check_address(self.config.host, self.config.port, "--port", reuse_port=True)
@@ -217,6 +223,8 @@ class Server:
             await self._access.stop()
         if self._watching_engine is not None:
             self._watching_engine.cancel()
+        if self.governance is not None:
+            await asyncio.to_thread(self.governance.close)
         if self._wrote_port_file and self.config.port_file is not None:
             listen.remove_port_file(self.config.port_file)
         return ended
@@ -342,9 +350,10 @@ async def serve(config: ServerConfig, *, loader: Loader) -> int:
     _stop_on_signals(stop)
     try:
         await server.start()
-    except (ListenError, ObservabilityError) as error:
+    except (ListenError, ObservabilityError, GovernanceError) as error:
         await server.drain(0.0)
         return _give_up(str(error))
+    _reload_on_hangup(server)
     bringing_up = asyncio.create_task(_bring_up(server, loader))
     stopping = asyncio.create_task(stop.wait())
     failing = asyncio.create_task(server.failed.wait())
@@ -449,6 +458,15 @@ def _stop_on_signals(stop: asyncio.Event) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal, number)
+
+
+def _reload_on_hangup(server: Server) -> None:
+    """SIGHUP reads the policy again; without one it does what it does to any process."""
+    governance = server.governance
+    if governance is None:
+        return
+    loop = asyncio.get_running_loop()
+    loop.add_signal_handler(signal.SIGHUP, lambda: loop.run_in_executor(None, governance.reload))
 
 
 def _exit_now(code: int) -> None:

@@ -41,6 +41,9 @@ MAX_MESSAGE_CHARACTERS = 512
 DETAILS_KEY = "grpc-status-details-bin"
 # gRPC's own retries wait this long instead of their backoff.
 PUSHBACK_KEY = "grpc-retry-pushback-ms"
+# What a google.rpc.ErrorInfo of ours says.
+ERROR_DOMAIN = "gptjet"
+POLICY_BLOCKED_REASON = "POLICY_BLOCKED"
 
 
 class DeadlineExceededError(EngineError):
@@ -77,6 +80,19 @@ class InternalError(EngineError):
     def __init__(self, error_id: str) -> None:
         super().__init__(f"internal error; the server's log has it under error id {error_id}")
         self.error_id = error_id
+
+
+class PolicyBlockedError(EngineError):
+    """A rule of the operator's policy, or a reviewer, does not let a text in or out.
+
+    It names the rule and the place, never the text.
+    """
+
+    def __init__(self, message: str, rule: str, direction: str, field: str) -> None:
+        super().__init__(message)
+        self.rule = rule
+        self.direction = direction
+        self.field = field
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +156,16 @@ def _quota(error: EngineError) -> Sequence[Message]:
     return (failure, error_details_pb2.RetryInfo(retry_delay=delay))
 
 
+def _blocked(error: EngineError) -> Sequence[Message]:
+    assert isinstance(error, PolicyBlockedError)
+    metadata = {"rule": error.rule, "direction": error.direction, "field": error.field}
+    return (
+        error_details_pb2.ErrorInfo(
+            reason=POLICY_BLOCKED_REASON, domain=ERROR_DOMAIN, metadata=metadata
+        ),
+    )
+
+
 def _none(_error: EngineError) -> Sequence[Message]:
     return ()
 
@@ -160,6 +186,7 @@ _TABLE: dict[type, tuple[grpc.StatusCode, Callable[[EngineError], Sequence[Messa
     DeadlineExceededError: (grpc.StatusCode.DEADLINE_EXCEEDED, _none),
     EngineStepError: (grpc.StatusCode.INTERNAL, _none),
     InternalError: (grpc.StatusCode.INTERNAL, _none),
+    PolicyBlockedError: (grpc.StatusCode.PERMISSION_DENIED, _blocked),
     # `serve` stops on this one before any RPC can see it.
     BackendLoadError: (grpc.StatusCode.FAILED_PRECONDITION, _none),
 }
