@@ -27,7 +27,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings=_CONTEXT,
-    help="Make, list and revoke the bearer tokens that callers show.\n\n"
+    help="Make, list and revoke callers' bearer tokens.\n\n"
     "They stand, hashed, in the file that `gptjet serve --tokens-file` reads; a running server "
     "sees a change within `--access-reload-s`, or at once with `gptjet admin reload`.",
     epilog="Examples:\n\n$ gptjet tokens create web --file tokens.toml --expires-in 90d\n"
