@@ -87,7 +87,11 @@ class StepGuard:
                 outputs += self._fail(part.sequences, error)
                 continue
             # A sequence that has moved on has lost what it was to say: it cannot be tried again.
-            same = tuple(s for s in part.sequences if before[s] == _progress(s))
+            same = tuple(
+                s
+                for s in part.sequences
+                if s.status is SequenceStatus.RUNNING and before[s] == _progress(s)
+            )
             lost = tuple(s for s in part.sequences if s not in same)
             retry = self._smaller if part.phase is Phase.PREFILL else self._fewer
             again = retry(part, same) if same else None

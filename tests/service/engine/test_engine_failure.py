@@ -192,6 +192,12 @@ async def test_a_request_that_waited_too_long_is_refused_and_the_running_one_goe
     await engine.stop()
 
 
+async def test_a_request_whose_prompt_takes_longer_than_the_queue_may_is_not_late() -> None:
+    engine = await start(MockBackend(prefill_ms=600), max_queue_time_s=0.1)
+    assert await end_of(engine.submit(request(max_new_tokens=3))) is None
+    await engine.stop()
+
+
 async def test_tokens_in_flight_are_bounded_and_come_back() -> None:
     engine = await start(MockBackend(decode_ms=1), max_tokens_in_flight=100)
     first = engine.submit(request("aaaa", max_new_tokens=90))

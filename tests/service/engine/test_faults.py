@@ -10,6 +10,7 @@ import torch
 
 from gptjet.service.backends.mock_faults import FaultyMockBackend
 from gptjet.service.backends.mock_settings import MockSettings
+from gptjet.service.engine.backend import Phase, ScheduledBatch
 from gptjet.service.engine.config import EngineConfig
 from gptjet.service.engine.engine import Engine
 from gptjet.service.engine.errors import EngineStepError, OutOfMemoryError
@@ -289,3 +290,23 @@ class Driver:
 )
 def test_what_counts_as_out_of_memory(error: Exception, expected: bool) -> None:
     assert is_out_of_memory(error) is expected
+
+
+def test_a_sequence_that_ended_in_the_step_that_ran_out_of_memory_stays_ended() -> None:
+    """As a step that was launched early may hold one."""
+    engine = make_engine(**PAGED)
+    keys = [add(engine, "a", max_new_tokens=9) for _ in range(3)]
+    while len(engine.scheduler.running) < 3:
+        engine.step()
+    batch = ScheduledBatch(Phase.DECODE, tuple(engine.scheduler.running))
+    ended = engine.cancel(keys[0])
+
+    def no_memory(*_: Any) -> None:
+        raise torch.OutOfMemoryError("none")
+
+    outputs: list[tuple[int, RequestOutput]] = []
+    engine.guard.run(batch, no_memory, outputs)
+    assert [output.finish_reason for _, output in ended] == [FinishReason.CANCELLED]
+    assert outputs == []
+    rest = run(engine)
+    assert set(rest) == set(keys[1:])

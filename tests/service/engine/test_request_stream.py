@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import pytest
@@ -96,5 +97,6 @@ async def test_what_comes_after_the_end_is_dropped() -> None:
     stream = make_stream()
     stream.deliver(ended(stream.request, EngineStepError("id", "hung")))
     stream.deliver(token(1))  # from a step that ended after all
-    outputs = [output async for output in stream]
+    async with asyncio.timeout(5):
+        outputs = [output async for output in stream]
     assert len(outputs) == 1

@@ -136,7 +136,7 @@ class Driver:
         scheduler = self.engine.scheduler
         ids = {s.sequence_id for s in self.engine._requests[key].sequences}
         (sequence,) = [s for s in scheduler.running if s.sequence_id in ids]
-        scheduler._preempt(sequence)
+        scheduler.preempt(sequence)
 
     def check_nothing_is_held(self) -> None:
         """Every block is free or merely cached once all requests are done."""
