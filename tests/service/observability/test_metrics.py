@@ -193,6 +193,9 @@ async def test_prefix_cache_drafts_and_preemptions(start_server: StartServer) ->
     assert now("prefix_cache_hit_tokens_total") == 28
     assert now("prompt_tokens_total") == 2 * 29
     assert now("computed_prompt_tokens_total") == 29 + 1
+    # 35 tokens, the last of which is not computed, are 8 full blocks that can be found again.
+    assert now("kv_blocks", state="cached") == now("kv_blocks", state="free") == 8
+    assert now("kv_blocks", state="used") == now("kv_cache_usage_ratio") == 0
     # 6 tokens: one of the prefill, one of the decode step, and its four guesses.
     assert now("draft_tokens_total") == now("accepted_draft_tokens_total") == 4
     assert now("preemptions_total") == 0
@@ -352,7 +355,11 @@ def test_ipv6_is_listened_on() -> None:
         server.close()
 
 
-def test_silent_connections_take_a_bounded_number_of_threads() -> None:
+def test_silent_connections_take_a_bounded_number_of_threads(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # So that what is closed is not closed for its silence.
+    monkeypatch.setattr("gptjet.service.observability.exposition._Handler.timeout", 600)
     server = MetricsServer("127.0.0.1", 0, Metrics().registry)
     connections = []
     try:
