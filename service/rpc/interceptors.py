@@ -22,7 +22,7 @@ from gptjet.service.engine.score import ScoreResult
 from gptjet.service.log import get_logger
 from gptjet.service.observability.setup import Observability
 from gptjet.service.rpc.status import InternalError, RpcStatus, to_status
-from gptjet.service.rpc.watch import RpcWatch
+from gptjet.service.rpc.watch import OTHER, RpcWatch
 from gptjet.service.rpc.wire import explain_undecodable
 
 if TYPE_CHECKING:
@@ -42,7 +42,8 @@ class RequestRecord:
     """What is known of one RPC when it ends; the servicer fills in what only it knows.
 
     `counted` says that it is one of our service's and not a probe; its `method` has no prefix then.
-    `trace` is what its engine request carries for whoever makes spans of it.
+    `trace` is what its engine request carries for whoever makes spans of it; `label` is the method
+    in metrics.
     """
 
     method: str
@@ -56,6 +57,7 @@ class RequestRecord:
     trace_id: str | None = None
     span_id: str | None = None
     trace: Any = None
+    label: str = OTHER
     prompt: str | None = None
     prompt_tokens: int | None = None
     output_tokens: int | None = None
@@ -159,7 +161,7 @@ class RequestInterceptor(grpc.aio.ServerInterceptor):
 
     def __init__(self, counted_service: str, observability: Observability) -> None:
         self._counted_prefix = counted_service + "/"
-        self.watch = RpcWatch(log_record, observability)
+        self.watch = RpcWatch(log_record, observability, self._counted_prefix)
         self._active = 0
         self.idle = asyncio.Event()
         self.idle.set()

@@ -269,6 +269,32 @@ async def test_no_label_takes_what_a_caller_sends(start_server: StartServer) -> 
     assert "Nothing7" not in after.text
 
 
+async def test_methods_that_there_are_not_share_a_label(start_server: StartServer) -> None:
+    """Where an interceptor answers for them, as access control does, they are counted too."""
+    from gptjet.service.rpc.interceptors import RequestRecord
+
+    running = await start_server(metrics_port=0)
+    watch = running.server._rpcs.watch
+    code = grpc.StatusCode.UNAUTHENTICATED
+    for path in (
+        "gptjet.v1.TextGeneration/Generate",
+        "gptjet.v1.TextGeneration/A1",
+        "x.Y/B2",
+        "",
+        "/",
+    ):
+        record = RequestRecord(method=path, peer="", counted=True, code=code)
+        watch.count_refused(record)
+        watch.begin(record, path, None, ())
+        watch.end(record)
+    now = await scrape(running)
+    assert now("rpcs_total", method="Generate", code=code.name) == 2
+    assert now("rpcs_total", method="_OTHER", code=code.name) == 8
+    assert now("rpcs_active") == 0
+    assert "A1" not in now.text
+    assert "B2" not in now.text
+
+
 async def test_names_are_ours_in_base_units_and_described(start_server: StartServer) -> None:
     running = await start_server(metrics_port=0)
     text = (await scrape(running)).text
