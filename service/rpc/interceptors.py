@@ -29,7 +29,7 @@ from gptjet.service.rpc.status import (
     TooManyRpcsError,
     to_status,
 )
-from gptjet.service.rpc.watch import RpcWatch
+from gptjet.service.rpc.watch import OTHER, RpcWatch
 from gptjet.service.rpc.wire import explain_undecodable
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ class RequestRecord:
 
     `counted` says that it is one of our service's and not a probe; its `method` has no prefix then.
     `caller` is the name of the bearer token it came with. `trace` is what its engine request
-    carries for whoever makes spans of it.
+    carries for whoever makes spans of it; `label` is the method in metrics.
     """
 
     method: str
@@ -67,6 +67,7 @@ class RequestRecord:
     span_id: str | None = None
     trace: Any = None
     caller: str | None = None
+    label: str = OTHER
     prompt: str | None = None
     prompt_tokens: int | None = None
     output_tokens: int | None = None
@@ -182,7 +183,7 @@ class RequestInterceptor(grpc.aio.ServerInterceptor):
         self._max_rpcs = max_rpcs
         self._max_message_bytes = max_message_bytes
         self._counted_prefix = counted_service + "/"
-        self.watch = RpcWatch(log_record, observability)
+        self.watch = RpcWatch(log_record, observability, self._counted_prefix)
         self._active = 0
         self.idle = asyncio.Event()
         self.idle.set()

@@ -10,6 +10,7 @@ from contextvars import Token
 from typing import TYPE_CHECKING, Any
 
 import structlog
+from google.protobuf import descriptor_pool
 
 from gptjet.service.engine.request import MAX_REQUEST_ID_LENGTH
 from gptjet.service.observability.setup import Observability
@@ -23,12 +24,22 @@ _TRACEPARENT = re.compile(
 )
 _TRACEPARENT_KEY = "traceparent"
 
+# OpenTelemetry's word for a method that there is not.
+OTHER = "_OTHER"
+
 
 class RpcWatch:
     """Follows every RPC from its arrival to its end. `write` makes the log line of one."""
 
-    def __init__(self, write: Callable[[RequestRecord], None], observability: Observability):
+    def __init__(
+        self,
+        write: Callable[[RequestRecord], None],
+        observability: Observability,
+        counted_prefix: str,
+    ) -> None:
+        """`counted_prefix` ("package.Service/") is left out of the methods' names in metrics."""
         self._write = write
+        self._counted_prefix = counted_prefix
         self._metrics = observability.metrics
         self._tracing = observability.tracing
 
@@ -45,6 +56,7 @@ class RpcWatch:
 
         Returns what structlog's `reset_contextvars` takes to have them off again.
         """
+        record.label = self._label(path)
         if not record.counted:
             return {}
         # The caller's own, or one of ours; what is too long for an id is refused later.
@@ -52,7 +64,8 @@ class RpcWatch:
         record.request_id = given or uuid.uuid4().hex
         pairs = list(metadata or ())
         if self._tracing is not None:
-            rpc = self._tracing.start_rpc(path, pairs, record.started_ns)
+            name = OTHER if record.label == OTHER else path
+            rpc = self._tracing.start_rpc(name, pairs, record.started_ns)
             record.trace, record.trace_id, record.span_id = rpc, rpc.trace_id, rpc.span_id
         else:
             record.trace_id = _trace_id(pairs)
@@ -68,13 +81,31 @@ class RpcWatch:
         if self._tracing is not None and record.trace is not None:
             self._tracing.describe(record.trace, request)
 
+    def count_refused(self, record: RequestRecord) -> None:
+        """Count an RPC that ended before `begin`, which then never comes; the log is the caller's.
+
+        The record's method is the whole path.
+        """
+        if self._metrics is not None:
+            label = self._label(record.method)
+            self._metrics.rpc_ended(label, record.code.name, 0.0, counted=False)
+
+    def _label(self, path: str) -> str:
+        """The method in metrics: its callers cannot make up new ones."""
+        service, _, name = path.rpartition("/")
+        try:
+            methods = descriptor_pool.Default().FindServiceByName(service).methods_by_name
+        except KeyError:
+            return OTHER
+        return path.removeprefix(self._counted_prefix) if name in methods else OTHER
+
     def end(self, record: RequestRecord) -> None:
         """Log, count and end the span of an RPC."""
         self._write(record)
         if self._metrics is not None:
             duration_s = (time.monotonic_ns() - record.started_ns) / 1e9
             self._metrics.rpc_ended(
-                record.method, record.code.name, duration_s, counted=record.counted
+                record.label, record.code.name, duration_s, counted=record.counted
             )
         if self._tracing is not None and record.trace is not None:
             self._tracing.end_rpc(record.trace, record.code.name, _usage(record))

@@ -193,6 +193,9 @@ async def test_prefix_cache_drafts_and_preemptions(start_server: StartServer) ->
     assert now("prefix_cache_hit_tokens_total") == 28
     assert now("prompt_tokens_total") == 2 * 29
     assert now("computed_prompt_tokens_total") == 29 + 1
+    # 35 tokens, the last of which is not computed, are 8 full blocks that can be found again.
+    assert now("kv_blocks", state="cached") == now("kv_blocks", state="free") == 8
+    assert now("kv_blocks", state="used") == now("kv_cache_usage_ratio") == 0
     # 6 tokens: one of the prefill, one of the decode step, and its four guesses.
     assert now("draft_tokens_total") == now("accepted_draft_tokens_total") == 4
     assert now("preemptions_total") == 0
@@ -264,6 +267,32 @@ async def test_no_label_takes_what_a_caller_sends(start_server: StartServer) -> 
     assert set(after.samples) == before
     assert "id-7" not in after.text
     assert "Nothing7" not in after.text
+
+
+async def test_methods_that_there_are_not_share_a_label(start_server: StartServer) -> None:
+    """Where an interceptor answers for them, as access control does, they are counted too."""
+    from gptjet.service.rpc.interceptors import RequestRecord
+
+    running = await start_server(metrics_port=0)
+    watch = running.server._rpcs.watch
+    code = grpc.StatusCode.UNAUTHENTICATED
+    for path in (
+        "gptjet.v1.TextGeneration/Generate",
+        "gptjet.v1.TextGeneration/A1",
+        "x.Y/B2",
+        "",
+        "/",
+    ):
+        record = RequestRecord(method=path, peer="", counted=True, code=code)
+        watch.count_refused(record)
+        watch.begin(record, path, None, ())
+        watch.end(record)
+    now = await scrape(running)
+    assert now("rpcs_total", method="Generate", code=code.name) == 2
+    assert now("rpcs_total", method="_OTHER", code=code.name) == 8
+    assert now("rpcs_active") == 0
+    assert "A1" not in now.text
+    assert "B2" not in now.text
 
 
 async def test_names_are_ours_in_base_units_and_described(start_server: StartServer) -> None:
@@ -352,7 +381,11 @@ def test_ipv6_is_listened_on() -> None:
         server.close()
 
 
-def test_silent_connections_take_a_bounded_number_of_threads() -> None:
+def test_silent_connections_take_a_bounded_number_of_threads(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # So that what is closed is not closed for its silence.
+    monkeypatch.setattr("gptjet.service.observability.exposition._Handler.timeout", 600)
     server = MetricsServer("127.0.0.1", 0, Metrics().registry)
     connections = []
     try:
