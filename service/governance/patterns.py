@@ -51,6 +51,8 @@ class Graph:
         self.classes: list[list[tuple[Callable[[str], bool], int]]] = []
         self.empty: list[list[tuple[int, int]]] = []
         self.accepts: list[list[int]] = []
+        # After a state of a phrase, the one where a word has ended there, too.
+        self._word_ends: dict[int, int] = {}
         start = self._new()
         # Phrases share their beginnings: one tree for those of whole words, one for the others.
         self._trees = {False: self._new(), True: self._new()}
@@ -70,10 +72,12 @@ class Graph:
                 following = self.literal[state][character] = [self._new()]
             state = following[0]
         if whole_words and is_word(text[-1]):
-            end = self._new()
-            self._empty_edge(state, end, AT_BOUNDARY)
-            state = end
-        self.accepts[state].append(owner)
+            if state not in self._word_ends:
+                self._word_ends[state] = self._new()
+                self._empty_edge(state, self._word_ends[state], AT_BOUNDARY)
+            state = self._word_ends[state]
+        if owner not in self.accepts[state]:
+            self.accepts[state].append(owner)
         return len(text)
 
     def add_expression(self, expression: str, owner: int, window: int) -> int:

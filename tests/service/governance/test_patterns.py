@@ -185,6 +185,16 @@ def test_an_expression_of_too_many_states_is_refused() -> None:
         Graph(folded=True).add_expression("(?:ab|cd|ef|gh|ij|kl){1,500}", 0, 1000)
 
 
+def test_a_phrase_that_is_listed_twice_takes_no_more_room() -> None:
+    graph = Graph(folded=True)
+    for _ in range(3):
+        graph.add_phrase("Evil plan", 0, whole_words=True)
+        states = len(graph.accepts)
+        graph.add_phrase("EVIL  plan", 0, whole_words=True)
+        assert len(graph.accepts) == states
+    assert found_in(graph, "evil plan") == {(0, 0, 9)}
+
+
 def test_an_expression_that_backtracking_would_never_finish_is_matched_at_once() -> None:
     """(a|a){1,30}b over a's: two to the thirty ways for `re`, one step a character here."""
     graph = Graph(folded=False)
