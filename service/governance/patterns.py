@@ -86,10 +86,14 @@ class Graph:
             tree = _parser.parse(expression)
         except Exception as error:
             raise PatternError(f"{_shown(expression)} is no regular expression: {error}") from error
-        before = len(self.accepts)
-        builder = _Builder(self, expression, before + MOST_STATES_OF_ONE_EXPRESSION)
         if tree.state.flags & _ASCII:
             raise PatternError(f"{_shown(expression)}: the flag (?a) is not known here")
+        try:
+            return self._add_tree(expression, tree, owner, window)
+        except RecursionError as error:
+            raise PatternError(f"{_shown(expression)} is nested too deeply") from error
+
+    def _add_tree(self, expression: str, tree: Any, owner: int, window: int) -> int:
         shortest, longest = _Widths(expression, self.folded).of(tree)
         if shortest == 0:
             raise PatternError(f"{_shown(expression)} matches the empty text")
@@ -98,6 +102,7 @@ class Graph:
                 f"{_shown(expression)} can match {longest} characters, more than its window of "
                 f"{window}"
             )
+        builder = _Builder(self, expression, len(self.accepts) + MOST_STATES_OF_ONE_EXPRESSION)
         start = self._new()
         self._empty_edge(0, start)
         end = builder.add(tree, start, tree.state.flags)

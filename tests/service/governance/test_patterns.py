@@ -217,3 +217,24 @@ def test_many_different_texts_do_not_grow_the_automaton_for_ever(
     assert len(automaton._states) <= 8
     monkeypatch.setattr(module, "_MOST_STATES", 4096)
     assert found == fresh.push(text)
+
+
+def test_a_text_of_ever_new_characters_takes_no_more_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from gptjet.service.governance import automaton as module
+
+    monkeypatch.setattr(module, "_MOST_STEPS", 50)
+    graph = Graph(folded=False)
+    graph.add_phrase("evil", 0, whole_words=False)
+    automaton = Automaton(graph)
+    matcher = PatternMatcher(automaton)
+    text = "".join(map(chr, range(0x4E00, 0x5E00))) + "evil"
+    assert [tuple(item[:3]) for item in matcher.push(text + "x")] == [(0, 4096, 4100)]
+    assert sum(len(state.steps) for state in automaton._states.values()) <= 50
+
+
+def test_an_expression_that_is_nested_too_deeply_is_refused() -> None:
+    depth = 100_000
+    with pytest.raises(PatternError, match="recursion"):
+        Graph(folded=True).add_expression("(" * depth + "a|bc" + ")" * depth, 0, 9)
