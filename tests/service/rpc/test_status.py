@@ -19,6 +19,10 @@ EXAMPLES = [
     (errors.BackendLoadError("x"), grpc.StatusCode.FAILED_PRECONDITION),
     (status.DeadlineExceededError(), grpc.StatusCode.DEADLINE_EXCEEDED),
     (status.InternalError("id"), grpc.StatusCode.INTERNAL),
+    (
+        status.PolicyBlockedError("prompt: blocked", "r", "input", "prompt"),
+        grpc.StatusCode.PERMISSION_DENIED,
+    ),
 ]
 
 
