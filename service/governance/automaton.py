@@ -14,8 +14,9 @@ from typing import NamedTuple
 from gptjet.service.governance.folding import EXACT, FOLDED, SPACE, is_word
 from gptjet.service.governance.patterns import ALWAYS, AT_BOUNDARY, Graph
 
-# Past it the steps are worked out anew; a state is some kilobytes.
+# Past these the steps are worked out anew: a text of ever new characters takes no more memory.
 _MOST_STATES = 4_096
+_MOST_STEPS = 131_072
 
 
 class Found(NamedTuple):
@@ -37,12 +38,19 @@ class _Step(NamedTuple):
 
 
 class _State:
+    """One state; `steps` is filled as characters come."""
+
     __slots__ = ("after_word", "groups", "steps")
 
     def __init__(self, groups: tuple[frozenset[int], ...], after_word: bool) -> None:
         self.groups = groups
         self.after_word = after_word
         self.steps: dict[str, _Step] = {}
+
+    @property
+    def key(self) -> tuple[tuple[frozenset[int], ...], bool]:
+        """Two states are the same where this is."""
+        return self.groups, self.after_word
 
 
 _Closure = tuple[tuple[int, ...], tuple[int, ...]]
@@ -57,6 +65,7 @@ class Automaton:
         self.folded = graph.folded
         self._states: dict[tuple[tuple[frozenset[int], ...], bool], _State] = {}
         self._closures: dict[tuple[int, bool], _Closure] = {}
+        self._num_steps = 0
         self.start = self._state((), False)
 
     def step(self, state: _State, character: str) -> _Step:
@@ -76,6 +85,9 @@ class Automaton:
         begins = bool(kept) and kept[-1] == len(state.groups)
         if begins:
             kept.pop()
+        if self._num_steps >= _MOST_STEPS:
+            self._forget()
+        self._num_steps += 1
         step = _Step(self._state(tuple(groups), next_is_word), tuple(kept), begins, done)
         state.steps[character] = step
         return step
@@ -89,12 +101,16 @@ class Automaton:
         state = self._states.get(key)
         if state is None:
             if len(self._states) >= _MOST_STATES:
-                # Those in use live on until their texts leave them, with no way to new ones.
-                for old in list(self._states.values()):
-                    old.steps = {}
-                self._states = {}
+                self._forget()
             state = self._states[key] = _State(groups, after_word)
         return state
+
+    def _forget(self) -> None:
+        """States in use live on until their texts leave them, with no way to new ones."""
+        for old in list(self._states.values()):
+            old.steps = {}
+        self._states = {self.start.key: self.start}
+        self._num_steps = 0
 
     def _done(
         self, groups: Sequence[frozenset[int]], boundary: bool

@@ -61,7 +61,8 @@ class Guard:
     ) -> None:
         self._chain = chain
         self._is_rejected = is_rejected
-        tail = context[-chain.context :] if chain.context else ""
+        # Folded patterns skip characters, so more of the context than they are long.
+        tail = context[-2 * chain.context - EXCERPT_CHARACTERS :] if chain.context else ""
         reading, others = chain.matchers(len(tail), patterns_only=patterns_only)
         for matcher, _ in reading:
             matcher.push(tail)

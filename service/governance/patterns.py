@@ -51,6 +51,8 @@ class Graph:
         self.classes: list[list[tuple[Callable[[str], bool], int]]] = []
         self.empty: list[list[tuple[int, int]]] = []
         self.accepts: list[list[int]] = []
+        # After a state of a phrase, the one where a word has ended there, too.
+        self._word_ends: dict[int, int] = {}
         start = self._new()
         # Phrases share their beginnings: one tree for those of whole words, one for the others.
         self._trees = {False: self._new(), True: self._new()}
@@ -70,10 +72,12 @@ class Graph:
                 following = self.literal[state][character] = [self._new()]
             state = following[0]
         if whole_words and is_word(text[-1]):
-            end = self._new()
-            self._empty_edge(state, end, AT_BOUNDARY)
-            state = end
-        self.accepts[state].append(owner)
+            if state not in self._word_ends:
+                self._word_ends[state] = self._new()
+                self._empty_edge(state, self._word_ends[state], AT_BOUNDARY)
+            state = self._word_ends[state]
+        if owner not in self.accepts[state]:
+            self.accepts[state].append(owner)
         return len(text)
 
     def add_expression(self, expression: str, owner: int, window: int) -> int:
@@ -82,10 +86,14 @@ class Graph:
             tree = _parser.parse(expression)
         except Exception as error:
             raise PatternError(f"{_shown(expression)} is no regular expression: {error}") from error
-        before = len(self.accepts)
-        builder = _Builder(self, expression, before + MOST_STATES_OF_ONE_EXPRESSION)
         if tree.state.flags & _ASCII:
             raise PatternError(f"{_shown(expression)}: the flag (?a) is not known here")
+        try:
+            return self._add_tree(expression, tree, owner, window)
+        except RecursionError as error:
+            raise PatternError(f"{_shown(expression)} is nested too deeply") from error
+
+    def _add_tree(self, expression: str, tree: Any, owner: int, window: int) -> int:
         shortest, longest = _Widths(expression, self.folded).of(tree)
         if shortest == 0:
             raise PatternError(f"{_shown(expression)} matches the empty text")
@@ -94,6 +102,7 @@ class Graph:
                 f"{_shown(expression)} can match {longest} characters, more than its window of "
                 f"{window}"
             )
+        builder = _Builder(self, expression, len(self.accepts) + MOST_STATES_OF_ONE_EXPRESSION)
         start = self._new()
         self._empty_edge(0, start)
         end = builder.add(tree, start, tree.state.flags)

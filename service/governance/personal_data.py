@@ -21,7 +21,12 @@ from gptjet.service.governance.libraries import load
 
 # Longer than any datum: an e-mail address has at most 254 characters (RFC 5321, 4.5.3.1.3).
 _LONGEST = 256
+# And any number with what separates its groups.
+_LONGEST_NUMBER = 96
+_MOST_SEGMENT = 512
+_MOST_ENTRIES = 65_536
 _INNER = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789@._%+-()/:#'")
+_RUN = re.compile(f"[{re.escape(''.join(sorted(_INNER)))}]+")
 _DIGITS = frozenset("0123456789")
 # White space that may stand inside a number.
 _JOINERS = frozenset(" \u00a0\u2007\u202f")
@@ -36,6 +41,7 @@ _FEWEST_PHONE_DIGITS = 7
 # ISO/IEC 7812-1 card numbers as issued; ISO 13616 account numbers; the rest of python-stdnum.
 _CARD_DIGITS = (13, 19)
 _IBAN_LENGTHS = (15, 34)
+_IBAN_BEGINS = re.compile(r"[A-Za-z]{2}[0-9]{2}")
 _NUMBER_LENGTHS = (5, 24)
 
 Finder = Callable[[str], Iterable[tuple[int, int]]]
@@ -64,7 +70,8 @@ def _finder(kind: str, regions: Sequence[str]) -> Finder:
     if kind == "card":
         return _numbers(load("stdnum.luhn", "python-stdnum").is_valid, _CARD_DIGITS, digits=True)
     if kind == "iban":
-        return _numbers(load("stdnum.iban", "python-stdnum").is_valid, _IBAN_LENGTHS)
+        is_valid = load("stdnum.iban", "python-stdnum").is_valid
+        return _numbers(is_valid, _IBAN_LENGTHS, begins=_IBAN_BEGINS)
     country, dot, name = kind.partition(".")
     module = load("stdnum", "python-stdnum").get_cc_module(country, name) if dot else None
     if module is None:
@@ -110,7 +117,11 @@ def _phone(regions: Sequence[str]) -> Finder:
 
 
 def _numbers(
-    is_valid: Callable[[str], bool], lengths: tuple[int, int], *, digits: bool = False
+    is_valid: Callable[[str], bool],
+    lengths: tuple[int, int],
+    *,
+    digits: bool = False,
+    begins: re.Pattern[str] | None = None,
 ) -> Finder:
     """Try each run of groups of characters, as numbers are printed in several of them."""
     fewest, most = lengths
@@ -126,7 +137,11 @@ def _numbers(
                 previous_end = end
                 if len(characters) > most or (digits and not characters.isdigit()):
                     break
-                if len(characters) >= fewest and _has_digit(characters) and is_valid(characters):
+                if len(characters) < fewest:
+                    continue
+                if begins is not None and not begins.match(characters):
+                    break
+                if _has_digit(characters) and is_valid(characters):
                     yield start, end
 
     return find
@@ -149,7 +164,7 @@ class PersonalDataMatcher:
         self._position = position
         self._start = 0
         # One character for each of the text from _start on.
-        self._segment: list[str] = []
+        self._segment = ""
         # Where in the segment the last word begins, None after white space.
         self._word: int | None = None
         self._numeric = False
@@ -162,23 +177,25 @@ class PersonalDataMatcher:
     def push(self, text: str) -> list[Found]:
         """Take the next piece; what became certain, in the order it did."""
         found: list[Found] = []
-        for character in text:
-            plain = character if character in _INNER else _plain(character)
+        place = 0
+        while place < len(text):
+            run = _RUN.match(text, place)
+            if run is not None:
+                place = run.end()
+                found += self._extend(run[0])
+                continue
+            plain = _PLAIN[text[place]]
+            place += 1
             if plain in _INNER:
-                if not self._segment:
-                    self._start = self._position
-                if self._word is None:
-                    self._word = len(self._segment)
-                self._segment.append(plain)
-                self._position += 1
-                if len(self._segment) >= 2 * _LONGEST:
-                    found += self._cut()
+                found += self._extend(plain)
                 continue
             self._position += 1
             if not self._segment:
                 continue
             if plain in _JOINERS and self._joins():
-                self._segment.append(" ")
+                self._segment += " "
+                if len(self._segment) >= _MOST_SEGMENT:
+                    found += self._cut()
             else:
                 found += self._close()
         return found
@@ -191,14 +208,30 @@ class PersonalDataMatcher:
         """The same place of the same text, to go on from twice."""
         twin = PersonalDataMatcher(self._finders)
         twin._position, twin._start, twin._word = self._position, self._start, self._word
-        twin._segment, twin._numeric = list(self._segment), self._numeric
+        twin._segment, twin._numeric = self._segment, self._numeric
         return twin
+
+    def _extend(self, run: str) -> list[Found]:
+        """More characters of a word."""
+        found: list[Found] = []
+        while run:
+            if not self._segment:
+                self._start = self._position
+            if self._word is None:
+                self._word = len(self._segment)
+            piece = run[: _MOST_SEGMENT - len(self._segment)]
+            run = run[len(piece) :]
+            self._segment += piece
+            self._position += len(piece)
+            if len(self._segment) >= _MOST_SEGMENT:
+                found += self._cut()
+        return found
 
     def _joins(self) -> bool:
         """Whether a number may go on after the white space that has come."""
         if self._word is None:
             return False  # two spaces in a row
-        word = "".join(self._segment[self._word :])
+        word = self._segment[self._word :]
         self._word = None
         if _has_digit(word):
             self._numeric = True
@@ -208,24 +241,28 @@ class PersonalDataMatcher:
         return self._numeric and _SHORT_CAPITALS.fullmatch(word) is not None
 
     def _close(self) -> list[Found]:
-        found = self._look("".join(self._segment))
-        self._segment, self._word, self._numeric = [], None, False
+        found = self._look()
+        self._segment, self._word, self._numeric = "", None, False
         return found
 
     def _cut(self) -> list[Found]:
-        """No datum is as long as half of this segment: its first half is certain."""
-        found = [f for f in self._look("".join(self._segment)) if f.start < self._start + _LONGEST]
-        end = max([self._start + _LONGEST, *(match.end for match in found)])
-        self._segment = self._segment[end - self._start :]
-        self._start = end
-        if self._word is not None:
-            self._word = "".join(self._segment).rfind(" ") + 1 if self._segment else None
+        """Keep the end that a datum may have begun in; what begins before it is certain."""
+        in_word = 0 if self._word is None else len(self._segment) - self._word
+        kept = min(max(in_word, _LONGEST_NUMBER), _LONGEST)
+        cut = self._start + len(self._segment) - kept
+        found = [item for item in self._look() if item.start < cut]
+        cut = max([cut, *(item.end for item in found)])
+        self._segment = self._segment[cut - self._start :]
+        self._start = cut
+        if not self._segment or self._segment.endswith(" "):
+            self._word = None
+        else:
+            self._word = self._segment.rfind(" ") + 1
         return found
 
-    def _look(self, segment: str) -> list[Found]:
-        if len(segment) < 3 or (
-            "@" not in segment and ":" not in segment and not _has_digit(segment)
-        ):
+    def _look(self) -> list[Found]:
+        segment = self._segment
+        if not (_has_digit(segment) or "@" in segment or ":" in segment):
             return []
         found = {
             Found(owner, self._start + start, self._start + end, self._position)
@@ -236,9 +273,22 @@ class PersonalDataMatcher:
         return sorted(found)
 
 
+class _PlainTable(dict[str, str]):
+    """character -> what it is read as."""
+
+    def __missing__(self, character: str) -> str:
+        if len(self) >= _MOST_ENTRIES:
+            self.clear()
+        plain = self[character] = _plain(character)
+        return plain
+
+
 def _plain(character: str) -> str:
     """A full-width character as the usual one, a hyphen or dash of any kind as "-"."""
     if unicodedata.category(character) == "Pd":
         return "-"
     normal = unicodedata.normalize("NFKC", character)
     return normal if len(normal) == 1 else character
+
+
+_PLAIN = _PlainTable()

@@ -7,53 +7,16 @@ from typing import Any
 
 import pytest
 
-from gptjet.service.engine.tokenizer import ByteTokenizer
 from gptjet.service.governance.guard import Guard
 from gptjet.service.governance.policy import Chain, load_policy
 from gptjet.service.governance.sequence_guard import SequenceGuard
 
 # Tokens of GPT-2's kind have about four characters; these stand for a vocabulary of words.
-_WORDS = [
-    "The",
-    "food",
-    "was",
-    "wonderful",
-    "and",
-    "the",
-    "staff",
-    "were",
-    "kind",
-    ",",
-    "we",
-    "came",
-    "at",
-    "12",
-    "and",
-    "paid",
-    "30",
-    "dollars",
-    ".",
-    "Next",
-    "time",
-    "we",
-    "shall",
-    "book",
-    "a",
-    "table",
-    "early",
-    ",",
-    "because",
-    "it",
-    "was",
-    "full",
-    "even",
-    "on",
-    "a",
-    "Tuesday",
-    ".",
-    "",
-]
-_TOKENS = [f" {word}".encode() for word in _WORDS if word]
+_PROSE = (
+    "The food was wonderful and the staff were kind , we came at 12 and paid 30 dollars . "
+    "Next time we shall book a table early , because it was full even on a Tuesday ."
+)
+_TOKENS = [f" {word}".encode() for word in _PROSE.split()]
 _IDS = [index % len(_TOKENS) for index in range(256)]
 _TEXT = b"".join(_TOKENS[index] for index in _IDS).decode()
 
@@ -75,14 +38,11 @@ _POLICIES = ("10 phrases", "10000 phrases", "regexes", "personal data", "all")
 
 
 def _policy(name: str, folder: Path) -> Chain:
-    phrases = [
-        "\n".join(f"forbidden thing {n:x} {n * n:x}" for n in range(count))
-        for count in (10, 10_000)
-    ]
-    lists = {"10 phrases": phrases[0], "10000 phrases": phrases[1], "all": phrases[1]}
+    many = [f"forbidden thing {n:x} {n * n:x}" for n in range(10_000)]
+    lists = {"10 phrases": many[:10], "10000 phrases": many, "all": many}
     content = "version = 1\n"
     if name in lists:
-        (folder / "words.txt").write_text(lists[name])
+        (folder / "words.txt").write_text("\n".join(lists[name]))
         content += (
             '[[rules]]\nname = "words"\naction = "block"\nphrases_file = "words.txt"\n'
             "whole_words = true\n"
@@ -162,13 +122,3 @@ def bench_hostile_prompt(bench: Any, tmp_path: Path, name: str) -> None:
         return len(guard.release())
 
     bench(work, lambda: None if work() else pytest.fail("nothing left"))
-
-
-def bench_no_policy(bench: Any) -> None:
-    """The same steps without a guard, for the difference: what the loop itself takes."""
-    tokens = ByteTokenizer()
-
-    def work() -> int:
-        return sum(len(_TOKENS[token_id].decode()) for token_id in _IDS)
-
-    bench(work, lambda: None if work() == len(_TEXT) and tokens.vocab_size else pytest.fail("?"))

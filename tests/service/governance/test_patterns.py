@@ -185,6 +185,16 @@ def test_an_expression_of_too_many_states_is_refused() -> None:
         Graph(folded=True).add_expression("(?:ab|cd|ef|gh|ij|kl){1,500}", 0, 1000)
 
 
+def test_a_phrase_that_is_listed_twice_takes_no_more_room() -> None:
+    graph = Graph(folded=True)
+    for _ in range(3):
+        graph.add_phrase("Evil plan", 0, whole_words=True)
+        states = len(graph.accepts)
+        graph.add_phrase("EVIL  plan", 0, whole_words=True)
+        assert len(graph.accepts) == states
+    assert found_in(graph, "evil plan") == {(0, 0, 9)}
+
+
 def test_an_expression_that_backtracking_would_never_finish_is_matched_at_once() -> None:
     """(a|a){1,30}b over a's: two to the thirty ways for `re`, one step a character here."""
     graph = Graph(folded=False)
@@ -207,3 +217,24 @@ def test_many_different_texts_do_not_grow_the_automaton_for_ever(
     assert len(automaton._states) <= 8
     monkeypatch.setattr(module, "_MOST_STATES", 4096)
     assert found == fresh.push(text)
+
+
+def test_a_text_of_ever_new_characters_takes_no_more_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from gptjet.service.governance import automaton as module
+
+    monkeypatch.setattr(module, "_MOST_STEPS", 50)
+    graph = Graph(folded=False)
+    graph.add_phrase("evil", 0, whole_words=False)
+    automaton = Automaton(graph)
+    matcher = PatternMatcher(automaton)
+    text = "".join(map(chr, range(0x4E00, 0x5E00))) + "evil"
+    assert [tuple(item[:3]) for item in matcher.push(text + "x")] == [(0, 4096, 4100)]
+    assert sum(len(state.steps) for state in automaton._states.values()) <= 50
+
+
+def test_an_expression_that_is_nested_too_deeply_is_refused() -> None:
+    depth = 100_000
+    with pytest.raises(PatternError, match="recursion"):
+        Graph(folded=True).add_expression("(" * depth + "a|bc" + ")" * depth, 0, 9)

@@ -33,6 +33,10 @@ EXAMPLES = [
     ),
     (status.DeadlineExceededError(), grpc.StatusCode.DEADLINE_EXCEEDED),
     (status.InternalError("id"), grpc.StatusCode.INTERNAL),
+    (
+        status.PolicyBlockedError("prompt: blocked", "r", "input", "prompt"),
+        grpc.StatusCode.PERMISSION_DENIED,
+    ),
 ]
 
 
