@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import os
 import signal
 import sys
@@ -23,7 +22,7 @@ from gptjet.service.engine.async_engine import AsyncEngine
 from gptjet.service.engine.backend import Backend
 from gptjet.service.engine.errors import BackendLoadError
 from gptjet.service.engine.tokenizer import Tokenizer
-from gptjet.service.log import configure_logging, get_logger
+from gptjet.service.log import configure_logging, flush_log, get_logger
 from gptjet.service.observability.errors import ObservabilityError
 from gptjet.service.observability.setup import Observability, set_up
 from gptjet.service.rpc import health, listen
@@ -216,6 +215,7 @@ async def serve(config: ServerConfig, *, loader: Loader) -> int:
     if not await server.drain():
         code = EXIT_FAILURE
     logger.info("stopped", exit_code=code)
+    flush_log()
     return code
 
 
@@ -301,7 +301,7 @@ def _stop_on_signals() -> asyncio.Event:
 
 
 def _exit_now(code: int) -> None:
-    logging.shutdown()  # the last lines are still being written
+    flush_log()
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):  # closed, or its disk is full
             stream.flush()
@@ -311,4 +311,5 @@ def _exit_now(code: int) -> None:
 def _give_up(reason: str) -> int:
     """One line for a person, whatever a message looks like."""
     logger.error("cannot serve: " + " ".join(reason.split()))
+    flush_log()
     return EXIT_USAGE
