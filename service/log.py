@@ -73,6 +73,13 @@ def current_level() -> str:
     return logging.getLevelName(logging.getLogger("gptjet").getEffectiveLevel()).lower()
 
 
+def flush_log() -> None:
+    """Wait, a second at most, until what has been logged is written: the process may end now."""
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, BackgroundHandler):
+            handler.flush()
+
+
 def dropped_lines() -> int:
     """Log lines that could not be written since logging was configured."""
     handlers = logging.getLogger().handlers

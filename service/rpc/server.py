@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import os
 import signal
 import sys
@@ -24,7 +23,7 @@ from gptjet.service.engine.backend import Backend
 from gptjet.service.engine.errors import BackendLoadError
 from gptjet.service.engine.tokenizer import Tokenizer
 from gptjet.service.governance.governance import Governance, GovernanceError
-from gptjet.service.log import configure_logging, get_logger
+from gptjet.service.log import configure_logging, flush_log, get_logger
 from gptjet.service.observability.errors import ObservabilityError
 from gptjet.service.observability.setup import Observability, set_up
 from gptjet.service.rpc import health, listen, sockets
@@ -374,6 +373,7 @@ async def serve(config: ServerConfig, *, loader: Loader) -> int:
     if server.failed.is_set():
         code = EXIT_ENGINE
     logger.info("stopped", exit_code=code)
+    flush_log()
     return code
 
 
@@ -470,7 +470,7 @@ def _reload_on_hangup(server: Server) -> None:
 
 
 def _exit_now(code: int) -> None:
-    logging.shutdown()  # the last lines are still being written
+    flush_log()
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):  # closed, or its disk is full
             stream.flush()
@@ -480,4 +480,5 @@ def _exit_now(code: int) -> None:
 def _give_up(reason: str) -> int:
     """One line for a person, whatever a message looks like."""
     logger.error("cannot serve: " + " ".join(reason.split()))
+    flush_log()
     return EXIT_USAGE
