@@ -36,9 +36,7 @@ def test_flag_wins_over_environment_over_file_over_default(
     assert config.host == "127.0.0.1"
 
 
-def test_limits_come_from_every_source_too(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_limits_come_from_every_source_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = write(tmp_path, "max_queue_time_s = 1\nmax_connections = 2\nreuse_port = true\n")
     monkeypatch.setenv("GPTJET_MAX_QUEUE_TIME_S", "3")
     monkeypatch.setenv("GPTJET_MAX_CONNECTIONS", "4")
