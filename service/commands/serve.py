@@ -17,7 +17,8 @@ HELP = """Start the gRPC server.
 
 It loads the model, warms it up, and then takes requests: its gRPC health says SERVING. \
 SIGTERM or Ctrl-C drains: new requests are refused, running ones finish within the grace period, \
-and the exit code is 0.
+and the exit code is 0. With --reuse-port another server on the port takes over and nothing is \
+refused. Exit code 6: the engine hung or failed for good; start it again.
 
 Every setting below can also come from the environment (GPTJET_PORT for --port) or from a TOML \
 file (port = 50051). A flag wins over the environment, that over the file, that over the default.
