@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
 from fractions import Fraction
 
 import pytest
@@ -192,6 +193,28 @@ def test_without_a_quota_nothing_is_counted() -> None:
     use_tokens(10**12)
 
 
+class OwnContext:
+    """An RPC's context, which no other shares: its grant is not to be another's, nor a later
+    test's."""
+
+    def __init__(self) -> None:
+        self._context = contextvars.copy_context()
+        self._stack = contextlib.ExitStack()
+
+    def enter(self, quota: Quota) -> Grant:
+        return self._context.run(self._stack.enter_context, quota.admitted())
+
+    def end(self, error: type[BaseException] | None) -> None:
+        self._context.run(self._end, error)
+
+    def _end(self, error: type[BaseException] | None) -> None:
+        if error is None:
+            self._stack.close()
+            return
+        with pytest.raises(error), self._stack:
+            raise error
+
+
 class RandomRpcs(RuleBasedStateMachine):
     """RPCs that begin, reserve, use and end in any order, against plain arithmetic."""
 
@@ -200,15 +223,15 @@ class RandomRpcs(RuleBasedStateMachine):
         self.clock = Clock()
         self.limits = Limits(requests, tokens, streams)
         self.quota = Quota("web", self.limits, self.clock)
-        self.open: list[tuple[contextlib.ExitStack, Grant, list[int]]] = []
+        self.open: list[tuple[OwnContext, Grant, list[int]]] = []
         self.requests_left, self.tokens_left = Fraction(requests), Fraction(tokens)
 
     @rule(reserved=st.integers(0, 200))
     def start(self, reserved: int) -> None:
-        stack = contextlib.ExitStack()
+        stack = OwnContext()
         full = len(self.open) >= (self.limits.concurrent_streams or 0)
         try:
-            grant = stack.enter_context(self.quota.admitted())
+            grant = stack.enter(self.quota)
         except QuotaExceededError as error:
             refused_by = error.quota
         else:
@@ -224,8 +247,7 @@ class RandomRpcs(RuleBasedStateMachine):
             grant.reserve(reserved)
         except QuotaExceededError:
             assert reserved > self.tokens_left
-            with stack:
-                pass
+            stack.end(None)
             return
         assert reserved <= self.tokens_left
         self.tokens_left -= reserved
@@ -246,11 +268,7 @@ class RandomRpcs(RuleBasedStateMachine):
     )
     def end(self, which: int, error: type[BaseException] | None) -> None:
         stack, _, (reserved, used) = self.open.pop(which % len(self.open))
-        if error is None:
-            stack.close()
-        else:
-            with pytest.raises(error), stack:
-                raise error
+        stack.end(error)
         assert self.limits.tokens_per_minute is not None
         self.tokens_left = min(
             self.tokens_left + reserved - used, Fraction(self.limits.tokens_per_minute)
@@ -265,6 +283,10 @@ class RandomRpcs(RuleBasedStateMachine):
         assert tokens is not None
         self.requests_left = min(self.requests_left + requests * minutes, Fraction(requests))
         self.tokens_left = min(self.tokens_left + tokens * minutes, Fraction(tokens))
+
+    def teardown(self) -> None:
+        for stack, _, _ in getattr(self, "open", []):
+            stack.end(None)
 
     @invariant()
     def nothing_leaks(self) -> None:
@@ -311,3 +333,9 @@ def test_a_task_cancelled_at_any_moment_gives_its_place_back(
         assert quota.tokens_left == 10_000 - used
 
     asyncio.run(main())
+
+
+def test_nothing_here_has_left_its_grant_to_other_tests() -> None:
+    """It would be charged with theirs."""
+    reserve_tokens(10**12)
+    reserve_tokens(10**12)
