@@ -75,9 +75,9 @@ def _run(config: ServerConfig) -> int:
         except BackendLoadError as error:
             fail(str(error), ExitCode.USAGE)
     # Here, not above: it brings grpc and torch, and `--help` needs neither.
-    from gptjet.service.rpc import server
+    from gptjet.service.rpc import process
 
-    return server.run(config, loader=load_model)
+    return process.run(config, loader=load_model)
 
 
 def _as_json(config: ServerConfig, where: dict[str, str]) -> str:

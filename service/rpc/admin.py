@@ -9,7 +9,7 @@ from gptjet.proto.v1 import admin_pb2 as pb
 from gptjet.proto.v1 import admin_pb2_grpc as pb_grpc
 from gptjet.service.engine.errors import FieldViolation, InvalidRequestError
 from gptjet.service.log import current_level, get_logger, set_level
-from gptjet.service.rpc.access.control import AccessControl, Outcome
+from gptjet.service.rpc.access.control import AccessControl, Outcome, Reloaded
 from gptjet.service.rpc.access.quota import Quota
 from gptjet.service.rpc.access.tokens import Token
 
@@ -64,6 +64,10 @@ class Administered(Protocol):
         """Requests that wait."""
         ...
 
+    async def reload(self) -> list[Reloaded]:
+        """Read again what may change; what became of each kind of file."""
+        ...
+
     def ask_to_stop(self, grace_s: float | None) -> float:
         """Drain and end, as SIGTERM does; how long running requests have, in seconds."""
         ...
@@ -96,8 +100,8 @@ class AdminServicer(pb_grpc.AdminServicer):
     async def Reload(  # noqa: N802
         self, _request: pb.ReloadRequest, _context: _Context
     ) -> pb.ReloadResponse:
-        """Certificates and tokens, now."""
-        results = await self._server.access.reload()
+        """Certificates, tokens and the policy, now."""
+        results = await self._server.reload()
         return pb.ReloadResponse(
             files=[
                 pb.ReloadedFiles(

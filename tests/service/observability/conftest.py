@@ -24,7 +24,7 @@ from gptjet.service.backends.factory import LoadedModel
 from gptjet.service.backends.mock import MockBackend
 from gptjet.service.engine.tokenizer import ByteTokenizer
 from gptjet.service.config import load_config
-from gptjet.service.rpc.server import run
+from gptjet.service.rpc.process import run
 
 def load(config):
     return LoadedModel(MockBackend(), ByteTokenizer())

@@ -13,7 +13,8 @@ import pytest
 
 from gptjet.service.config import ConfigError, ServerConfig, load_config
 from gptjet.service.observability.errors import ObservabilityError
-from gptjet.service.rpc.server import Server, serve
+from gptjet.service.rpc.process import serve
+from gptjet.service.rpc.server import Server
 
 
 @pytest.fixture(autouse=True)
@@ -86,7 +87,7 @@ def never(config: ServerConfig) -> Any:
 @pytest.fixture
 def quiet_logging(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that `serve` leaves the logs to the test."""
-    monkeypatch.setattr("gptjet.service.rpc.server.configure_logging", lambda *_, **__: None)
+    monkeypatch.setattr("gptjet.service.rpc.process.configure_logging", lambda *_, **__: None)
 
 
 async def test_serve_exits_2_where_an_extra_is_missing(

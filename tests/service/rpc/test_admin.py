@@ -285,7 +285,7 @@ from gptjet.service.backends.factory import LoadedModel
 from gptjet.service.backends.mock import MockBackend
 from gptjet.service.engine.tokenizer import ByteTokenizer
 from gptjet.service.config import load_config
-from gptjet.service.rpc.server import run
+from gptjet.service.rpc.process import run
 
 config = load_config(port=0, port_file=Path(sys.argv[1]), admin_socket=Path(sys.argv[2]))
 sys.exit(run(config, loader=lambda _: LoadedModel(MockBackend(decode_ms=10), ByteTokenizer())))

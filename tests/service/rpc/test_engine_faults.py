@@ -21,7 +21,7 @@ from gptjet.service.client import (
     UnavailableError,
 )
 from gptjet.service.commands.terminal import ExitCode
-from gptjet.service.rpc import server as rpc_server
+from gptjet.service.rpc import process
 
 Serve = Callable[..., Any]
 
@@ -40,7 +40,7 @@ def error_id_in(error: GptjetError) -> str:
 
 
 def test_the_exit_codes_are_the_command_lines() -> None:
-    assert rpc_server.EXIT_ENGINE == ExitCode.ENGINE
+    assert process.EXIT_ENGINE == ExitCode.ENGINE
 
 
 def test_a_failed_step_is_internal_with_an_id_in_the_log_and_the_server_goes_on(
