@@ -14,6 +14,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from gptjet.benchmarks.files import write_atomically
 from gptjet.benchmarks.kernels_report.collect import (
     CollectError,
     Compiled,
@@ -21,7 +22,6 @@ from gptjet.benchmarks.kernels_report.collect import (
     as_record,
     collect,
     list_jobs,
-    write_atomically,
 )
 from gptjet.benchmarks.kernels_report.report import markdown, problems
 from gptjet.kernels.gpu.compile_case import CAPABILITIES, MODULES

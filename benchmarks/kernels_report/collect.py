@@ -8,12 +8,13 @@ import queue
 import selectors
 import subprocess
 import sys
-import tempfile
 import threading
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from gptjet.benchmarks.files import write_atomically
 
 WORKER = (sys.executable, "-m", "gptjet.benchmarks.kernels_report.worker")
 
@@ -197,21 +198,6 @@ def _held(cache: Path, job: dict[str, Any]) -> Compiled | None:
 def _keep(cache: Path, key: str, result: dict[str, Any]) -> None:
     cache.mkdir(parents=True, exist_ok=True)
     write_atomically(cache / f"{key}.json", json.dumps(result))
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a file as a whole: a reader sees the old one or the new one."""
-    with tempfile.NamedTemporaryFile(
-        "w", dir=path.parent, prefix=path.name, delete=False, encoding="utf-8"
-    ) as file:
-        try:
-            file.write(text)
-            file.close()
-            Path(file.name).chmod(0o644)
-            Path(file.name).replace(path)
-        except BaseException:
-            Path(file.name).unlink(missing_ok=True)
-            raise
 
 
 def as_record(compiled: Compiled) -> dict[str, Any]:
