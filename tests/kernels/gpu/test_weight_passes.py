@@ -252,11 +252,29 @@ def test_the_same_launch_gives_the_same_bits_from_a_used_workspace() -> None:
     assert torch.equal(first, again)
 
 
-def test_gelu_of_the_largest_float16_values_is_finite() -> None:
-    inner = torch.tensor([[-65504.0, -60000.0, -20.0, 0.0, 20.0, 300.0, 65504.0, -1e-7]]).half()
-    residual = torch.zeros(1, 8)
-    identity = DenseWeight(guarded(torch.eye(8).half()))
-    gelu_linear_residual(residual, inner[:, :0], inner, identity, tile=small_tile(8, block_k=16))
+def test_gelu_is_that_of_the_reference_up_to_the_largest_float16_values() -> None:
+    values = [
+        -65504.0,
+        -300.0,
+        -20.0,
+        -3.0,
+        -1.0,
+        -0.3,
+        -1e-7,
+        0.0,
+        0.1,
+        0.7,
+        1.5,
+        2.5,
+        20.0,
+        65504.0,
+    ]
+    inner = torch.tensor([values]).half()
+    count = len(values)
+    residual = torch.zeros(1, count)
+    identity = DenseWeight(guarded(torch.eye(count).half()))
+    tile = small_tile(count, block_k=16)
+    gelu_linear_residual(residual, inner[:, :0], inner, identity, tile=tile)
     expected = F.gelu(inner.double(), approximate="tanh")
     assert torch.allclose(residual.double(), expected, rtol=1e-6, atol=1e-12)
 
