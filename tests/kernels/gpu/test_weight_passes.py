@@ -358,6 +358,12 @@ def test_what_layer_norm_linear_does_not_take_is_refused_before_anything_is_writ
         message="multiple of the group 32",
         tile=small_tile(64, block_k=16),
     )
+    _refused(
+        weight,
+        5,
+        message="block_n = 256 times block_k = 1024 for 5 rows is 2097152 products",
+        tile=small_tile(64, block_n=256, block_k=1024),
+    )
     small = Workspace(torch.full((1,), NAN), torch.zeros(1, dtype=torch.int32))
     _refused(
         weight,
