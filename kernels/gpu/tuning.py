@@ -158,7 +158,7 @@ def default_tile(launch: Launch) -> Tile:
     rows, weight_bytes = launch.rows, WEIGHT_TYPES[launch.weight_type]
     # Registers for activations: 16 features of a thread up to 4 rows, 8 beyond.
     widest = 4096 if rows <= 4 or launch.weight_type == "int4" else 2048
-    block_k = min(widest, max(128, _power_of_two(launch.k)))
+    block_k = _even_block_k(launch.k, widest)
     in_flight = 2 * card.bandwidth_gb_s * 1e9 * LATENCY_S / card.multiprocessors
     most = next(limit for up_to, limit in _LARGEST_TILE_BYTES if rows <= up_to)
     block_n = _power_of_two(int(min(in_flight, most) / (block_k * weight_bytes)))
@@ -177,6 +177,19 @@ def default_tile(launch: Launch) -> Tile:
         tiles_per_program=-(-tiles // programs),
         load_bytes=16 if wide else 8,
     )
+
+
+def _even_block_k(k: int, widest: int) -> int:
+    """The widest block whose last split is nearly as long as the others, or the least uneven one.
+
+    Programs of a short last split stand idle while the others read. A single split may be short.
+    """
+    if k <= widest:
+        return max(128, _power_of_two(k))
+    blocks = (widest, widest // 2, widest // 4)
+    missing = {block: -k % block for block in blocks}
+    even = [block for block in blocks if missing[block] <= k // 8]
+    return even[0] if even else min(blocks, key=lambda block: missing[block])
 
 
 def _nearest_card(capability: int) -> Card:
