@@ -137,9 +137,9 @@ def _choose(launch: Launch) -> Tile:
     return entry.tile if entry is not None else default_tile(launch)
 
 
-# From the request of a line of device memory to its arrival, under load: a round figure above the
-# 400 to 650 ns that pointer chasing shows on an idle card of these generations (Jia et al., arXiv
-# 1804.06826 and 1903.07486), because a busy memory answers later.
+# From asking for a line of device memory to its arrival, under load. An assumption for all cards,
+# on the long side of what microbenchmarks show on idle ones (sjfeng1999/gpu-arch-microbenchmark:
+# 1,000 to 1,200 cycles on a TU104, which is 0.6 to 0.7 microseconds); a busy memory answers later.
 LATENCY_S = 0.8e-6
 # Bytes of one tile that its program can hold beside the activations of so many rows. With the tile
 # ahead it is held twice: 32 KiB are 64 registers of each of 256 threads.
