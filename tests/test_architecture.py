@@ -71,6 +71,10 @@ BANNED: dict[str, set[str]] = {
 }
 
 
+# Where alone an outside package may be named: the CPU lock brings no Triton.
+ONLY_IN: dict[str, tuple[str, ...]] = {"triton": ("gptjet.kernels.gpu", "gptjet.benchmarks")}
+
+
 def is_within(name: str, part: str) -> bool:
     """Whether `name` is `part`, lies in it, or shares its work: client_types belongs to client."""
     return name == part or name.startswith((f"{part}.", f"{part}_"))
@@ -142,6 +146,9 @@ def _objection(name: str, part: str | None, target: str) -> str | None:
     if top in {"proto", "service", "benchmarks"}:
         return f"our rooms are imported as gptjet.{top}"
     if top != "gptjet":
+        homes = ONLY_IN.get(top)
+        if homes is not None and not any(is_within(name, home) for home in homes):
+            return f"{top} is for {sorted(homes)}"
         banned = part is not None and top in BANNED.get(part, set())
         return f"{part} must not use {top}" if banned else None
     if is_within(target, NEVER_IMPORTED_BY_OTHERS) and part != NEVER_IMPORTED_BY_OTHERS:
@@ -172,12 +179,12 @@ def test_the_arrows_of_the_design_are_accepted(tmp_path: Path) -> None:
         tmp_path,
         {
             "proto/v1/x_pb2.py": "from google.protobuf import descriptor\n",
-            "kernels/gemv.py": "import torch\nimport triton\n",
+            "kernels/gpu/gemv.py": "import torch\nimport triton\n",
             "service/engine/engine.py": "import torch\nfrom gptjet.service.engine import request\n",
             "service/engine/request.py": "import enum\n",
-            "service/models/gptj.py": "from gptjet.kernels.gemv import gemv\n",
+            "service/models/gptj.py": "from gptjet.kernels.gpu.gemv import gemv\n",
             "service/backends/fused.py": (
-                "import transformers\nfrom gptjet.kernels import gemv\n"
+                "import transformers\nfrom gptjet.kernels.gpu import gemv\n"
                 "from gptjet.service.engine.request import Request\n"
                 "from gptjet.service.models.gptj import Model\n"
             ),
@@ -194,7 +201,7 @@ def test_the_arrows_of_the_design_are_accepted(tmp_path: Path) -> None:
                 "from gptjet.service.rpc import servicer\n"
             ),
             "service/client_types.py": "import enum\n",
-            "benchmarks/sweep.py": "import gptjet.kernels.gemv, gptjet.service.client_types\n",
+            "benchmarks/sweep.py": "import gptjet.kernels.gpu.gemv, gptjet.service.client_types\n",
         },
     )
     assert find_violations(tmp_path) == []
@@ -233,6 +240,8 @@ def test_the_arrows_of_the_design_are_accepted(tmp_path: Path) -> None:
         ),
         pytest.param("service/engine/a.py", "from proto.v1 import x_pb2", id="top-level proto"),
         pytest.param("kernels/a.py", "from gptjet.service.engine import a", id="to engine"),
+        pytest.param("kernels/a.py", "import triton", id="kernels of the CPU to triton"),
+        pytest.param("service/backends/a.py", "import triton", id="backends to triton"),
         pytest.param("proto/v1/a.py", "import gptjet.kernels.gemv", id="proto to kernels"),
         pytest.param("service/models/a.py", "import gptjet.service.backends", id="to backends"),
         pytest.param("service/backends/a.py", "import gptjet.service.rpc", id="backends to rpc"),
