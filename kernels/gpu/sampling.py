@@ -65,9 +65,9 @@ _POSITION = tl.constexpr(6)
 class SamplingParameters:
     """How each of T rows is sampled: one buffer, so one copy brings it to the device.
 
-    packed [T, 7] int64, contiguous, whose columns the properties name. No value raises: what has no meaning (a
-    NaN, a number out of range) turns its filter off, and a temperature that is not above 0 is
-    greedy, which ignores all others.
+    packed [T, 7] int64, contiguous, whose columns the properties name. No value raises: what has no
+    meaning (a NaN, a number out of range) turns its filter off, and a temperature that is not above
+    0 is greedy, which ignores all others.
     """
 
     packed: torch.Tensor
@@ -78,7 +78,9 @@ class SamplingParameters:
     ) -> SamplingParameters:
         """Every row greedy."""
         parameters = cls(
-            torch.zeros(rows, _FIELDS.value, dtype=torch.int64, device=device, pin_memory=pin_memory)
+            torch.zeros(
+                rows, _FIELDS.value, dtype=torch.int64, device=device, pin_memory=pin_memory
+            )
         )
         parameters.top_p.fill_(1.0)
         return parameters
