@@ -78,13 +78,15 @@ def test_filters_keep_and_draw_what_the_engine_does() -> None:
         {"temperature": 3.0, "top_p": 0.8, "min_p": 0.3},
         {"temperature": 1.0, "top_k": 7, "top_p": 0.6},
         {"temperature": 1.0, "top_p": 0.75},
+        {"temperature": 1.0, "top_k": 5, "top_p": 0.5},
         {"temperature": 0.0},
     ]
     logits = random_logits(len(rows))
     logits[9:11] = (logits[9:11] / 3).round()  # a handful of values, many of each
-    logits[10] = 0.5  # all equally likely: top_p takes the lowest 138 ids
+    # All equally likely: top_k leaves them all, top_p takes the lowest 138 and 92 ids.
+    logits[10:12] = 0.5
     for index, row in enumerate(rows):
-        row |= {"seed": 1000 + index, "index": index % 3, "position": 40 * index}
+        row |= {"seed": 1004 + index, "index": index % 3, "position": 40 * index}
     assert by_kernels(logits, rows) == by_engine(logits, rows)
 
 
