@@ -119,7 +119,7 @@ def test_hash_of_a_text_depends_on_where_its_documents_end() -> None:
 
 
 def test_an_int8_kv_cache_costs_the_embedded_model_next_to_nothing() -> None:
-    """0.003 % over all held-out rows; a cache that forgot what is in it would cost many times."""
+    """Of 6 bits it would be 0.009 %, of 4 bits 0.06 %."""
     checkpoint = resolve_checkpoint("embedded")
     tokenizer = load_tokenizer(checkpoint.path, local_files_only=True)
     documents = [tokenizer.encode(text) for text in heldout_text().documents[:40]]
@@ -129,5 +129,5 @@ def test_an_int8_kv_cache_costs_the_embedded_model_next_to_nothing() -> None:
         measure_perplexity(model, weights.geometry, documents, kv_dtype=dtype).value
         for dtype in (torch.float32, torch.int8)
     )
-    assert int8 == pytest.approx(floats, rel=2e-3)
+    assert int8 == pytest.approx(floats, rel=5e-5)
     assert int8 != floats
