@@ -244,7 +244,7 @@ def _prove(
     return dataclasses.replace(
         verdict,
         detail=f"{verdict.detail}; prompts of {lengths} tokens; {computer.description}; "
-        f"{parity.versions(*_VERSIONS)}",
+        f"KV cache in {str(kv_dtype).removeprefix('torch.')}; {parity.versions(*_VERSIONS)}",
     )
 
 
