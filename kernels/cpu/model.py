@@ -209,6 +209,7 @@ class CpuModel:
         for begin, rows in _slices(head.embedding):
             values = rows.to(dtype).contiguous()
             self._library.set_embedding(self._handle, begin, values.shape[0], values.data_ptr())
+            del rows, values  # they would hold all of it
         if take and _stored(head.lm_head) is not head.embedding:  # tied: it is read once more
             _empty(head.embedding)
         self._set_norm(-1, head.norm_weight, head.norm_bias)

@@ -31,7 +31,7 @@ from gptjet.service.models.quiet import quiet_transformers
 _CHUNK = 256
 # Rows of the vocabulary that are float32 at a time.
 _HEAD_ROWS = 8192
-_DEQUANTIZED_ROWS = 1024
+_DEQUANTIZED_ROWS = 256
 
 Block: TypeAlias = Callable[[str], torch.Tensor]
 """A block's tensors by their names in it ("mlp.fc_in.weight"), made anew each time."""
@@ -80,6 +80,7 @@ def last_logits(
     ]
     for block in source.blocks():
         states = [model.compute(block, batch) for batch in states]
+        del block  # it must go before the next one is read
     rows = {
         index: batch[row, len(sequences[index]) - wanted[index] : len(sequences[index])]
         for group, batch in zip(groups, states, strict=True)
@@ -249,7 +250,7 @@ def _gptj_config(geometry: BlockGeometry) -> GPTJConfig:
 
 
 class _OneBlock:
-    """transformers' model of the family with one block that owns no weights, and no last LayerNorm."""
+    """transformers' model with one block, which is lent its weights, and without last LayerNorm."""
 
     def __init__(self, config: Any, device: torch.device) -> None:
         config = copy.deepcopy(config)

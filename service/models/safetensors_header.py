@@ -54,12 +54,12 @@ class TensorInfo:
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
-    """Tensors of the file by name, in the file's order. No tensor is read. Raises as read_layout."""
+    """Tensors of the file by name, in the file's order. Raises BackendLoadError: read_layout."""
     return {name: info for name, (info, _) in read_layout(path).items()}
 
 
 def read_layout(path: Path) -> dict[str, tuple[TensorInfo, int]]:
-    """The same with the byte of the file at which each tensor begins.
+    """The same with the byte of the file at which each tensor begins. No tensor is read.
 
     Raises BackendLoadError in one line when the file cannot be opened, is cut short, is a Git LFS
     pointer, or its header is no header.

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from gptjet.kernels.cpu import CpuModel, NativeUnavailableError
-from gptjet.kernels.weights import DenseWeight, HeadWeights, LayerWeights, Weight
+from gptjet.kernels.weights import DenseWeight, HeadWeights, Int8Weight, LayerWeights, Weight
 from gptjet.service.backends.fused.runner import FusedModel
 from gptjet.service.engine.errors import BackendLoadError
 from gptjet.service.models.fused.forward import TorchModel

@@ -94,9 +94,7 @@ class HeldTensors(Mapping[str, torch.Tensor]):
     def __len__(self) -> int:
         return len(self._places)
 
-    def _read(
-        self, place: _Place, first: int, count: int, shape: tuple[int, ...]
-    ) -> torch.Tensor:
+    def _read(self, place: _Place, first: int, count: int, shape: tuple[int, ...]) -> torch.Tensor:
         if place.offset is None:
             if place.path not in self._pickles:
                 self._pickles[place.path] = _load_pickle(place.path)
@@ -111,7 +109,7 @@ class HeldTensors(Mapping[str, torch.Tensor]):
         if count:
             at = place.offset + first * dtype.itemsize
             self._fill(place, at, memoryview(tensor.view(torch.uint8).numpy()))
-        return tensor.view(shape)
+        return tensor.resize_(shape)  # not a view, which would hold the memory through its base
 
     def _fill(self, place: _Place, offset: int, target: memoryview) -> None:
         try:
@@ -137,9 +135,10 @@ def _allocate(count: int, dtype: torch.dtype) -> torch.Tensor:
     malloc would keep some tens of MiB of them for itself.
     """
     size = count * dtype.itemsize
-    if size < _OWN_PAGES_BYTES:
+    if size < _OWN_PAGES_BYTES or not hasattr(mmap, "MAP_ANONYMOUS"):
         return torch.empty(count, dtype=dtype)
-    return torch.frombuffer(mmap.mmap(-1, size), dtype=dtype, count=count)
+    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(pages, dtype=dtype, count=count)
 
 
 class _Place:
