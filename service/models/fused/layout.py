@@ -58,8 +58,8 @@ def build_weight(
         for part in parts:
             target = dense.narrow(dim, start, part.shape[dim])
             target.copy_(part)
-            check_finite(target, name, part.dtype)
             start += part.shape[dim]
+        check_finite(dense, name, parts[0].dtype)  # as a whole: some columns would be copied
         return DenseWeight(dense, bias)
     slices = _float_slices(parts, dim)
     if weight_type == "int8":
