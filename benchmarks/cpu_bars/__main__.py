@@ -24,7 +24,7 @@ from gptjet.benchmarks.bandwidth import BandwidthError, measure_in_subprocess
 from gptjet.benchmarks.cpu_bars.bars import Bars, Verdict
 from gptjet.benchmarks.cpu_bars.busy import usable_cores
 from gptjet.benchmarks.cpu_bars.checkpoints import MODELS, checkpoint_folder
-from gptjet.benchmarks.cpu_bars.design import KV_CACHE_TOKENS, STREAMS, Entry, Race, make_races
+from gptjet.benchmarks.cpu_bars.design import STREAMS, Entry, Race, make_races
 from gptjet.benchmarks.cpu_bars.report import make_document, print_document
 from gptjet.benchmarks.cpu_bars.runner import SESSION, Recorded, Runner
 from gptjet.benchmarks.environment import record_environment, utc_now
@@ -72,14 +72,14 @@ def _measure(flags: argparse.Namespace, races: Sequence[Race], recorded: Recorde
     os.environ["OMP_NUM_THREADS"] = str(flags.threads)
     environment = record_environment()
 
-    def start_entry(entry: Entry, folder: Path) -> AbstractContextManager[Contestant]:
+    def start_entry(race: Race, entry: Entry, folder: Path) -> AbstractContextManager[Contestant]:
         return start(
             entry.contestant,
             folder,
             entry.weight_type,
             flags.threads,
             flags.root,
-            kv_cache_tokens=KV_CACHE_TOKENS,
+            kv_cache_tokens=race.kv_cache_tokens,
         )
 
     with ResultsWriter(flags.out) as writer, _Bar() as bar:
@@ -89,8 +89,7 @@ def _measure(flags: argparse.Namespace, races: Sequence[Race], recorded: Recorde
             "threads": flags.threads,
             "quick": flags.quick,
             "streams": STREAMS,
-            "kv_cache_tokens": KV_CACHE_TOKENS,
-            "races": [race.key for race in races],
+            "races": {race.key: {"kv_cache_tokens": race.kv_cache_tokens} for race in races},
             "peers": {name: PEERS[name].requirements for name in PEERS},
             "environment": environment,
         }

@@ -84,6 +84,7 @@ def _contestants(bars: Bars, races: Sequence[Race]) -> Table:
     rows = [
         _contestant(bars, race, entry, cell_of(race, CellKind.DECODE))
         for race in races
+        if any(cell.kind is CellKind.DECODE for cell in race.cells)
         for entry in race.entries
     ]
     columns = (
@@ -99,7 +100,7 @@ def _contestants(bars: Bars, races: Sequence[Race]) -> Table:
 
 
 def cell_of(race: Race, kind: CellKind) -> Cell:
-    """The race's cell of a kind that every race has."""
+    """The race's cell of a kind that it has."""
     return next(cell for cell in race.cells if cell.kind is kind)
 
 

@@ -27,7 +27,7 @@ SESSION, ROUND, BANDWIDTH = "bars_session", "bars_round", "bars_bandwidth"
 ABSENT, FAILURE = "bars_absent", "bars_failure"
 
 Record = Mapping[str, Any]
-Start = Callable[[Entry, Path], AbstractContextManager[Contestant]]
+Start = Callable[[Race, Entry, Path], AbstractContextManager[Contestant]]
 MeasureBandwidth = Callable[[], Mapping[str, Any]]
 
 
@@ -140,7 +140,7 @@ class Runner:
             self.observer.advance(f"{race.key}: starting {entry}", 0)
             begin = time.monotonic()
             try:
-                started[entry] = stack.enter_context(self.start(entry, folder))
+                started[entry] = stack.enter_context(self.start(race, entry, folder))
             except PeerError as error:
                 self._lose(race, entry, ABSENT, str(error))
             else:

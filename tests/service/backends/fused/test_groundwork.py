@@ -1,4 +1,4 @@
-"""transformers in a process of its own: what it says, how it fails, and what the server is spared."""
+"""transformers in a process of its own: what it says, how it fails, what the server is spared."""
 
 from __future__ import annotations
 
