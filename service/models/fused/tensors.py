@@ -12,8 +12,9 @@ import math
 import mmap
 import pickle
 from collections.abc import Iterable, Iterator, Mapping
+from io import FileIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 
@@ -71,7 +72,7 @@ class HeldTensors(Mapping[str, torch.Tensor]):
     def __init__(self, places: Mapping[str, _Place], stack: contextlib.ExitStack) -> None:
         self._places = places
         self._stack = stack
-        self._files: dict[Path, BinaryIO] = {}
+        self._files: dict[Path, FileIO] = {}
         self._pickles: dict[Path, Mapping[str, torch.Tensor]] = {}
         stack.callback(self._pickles.clear)
 
@@ -108,7 +109,7 @@ class HeldTensors(Mapping[str, torch.Tensor]):
         tensor = _allocate(count, dtype)
         if count:
             at = place.offset + first * dtype.itemsize
-            self._fill(place, at, memoryview(tensor.view(torch.uint8).numpy()))
+            self._fill(place, at, tensor.view(torch.uint8).numpy().data)
         return tensor.resize_(shape)  # not a view, which would hold the memory through its base
 
     def _fill(self, place: _Place, offset: int, target: memoryview) -> None:
