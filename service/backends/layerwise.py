@@ -11,7 +11,6 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from typing import Any, Protocol, TypeAlias
 
 import accelerate
@@ -160,6 +159,7 @@ class FusedValues:
         geometry = weights.geometry
         self.config = _gptj_config(geometry)
         self._weights = weights
+        self._norm = weights.head.norm_weight, weights.head.norm_bias
 
     def embed(self, token_ids: Sequence[int]) -> torch.Tensor:
         """See WeightSource. Before `blocks`."""
@@ -167,21 +167,19 @@ class FusedValues:
 
     def blocks(self) -> Iterator[Block]:
         """See WeightSource. Once."""
-        # Half a gigabyte of a wide model, and looked up by now.
-        head = self._weights.head
-        self._weights.head = replace(head, embedding=head.embedding.new_empty(0))
-        del head
+        # Half a gigabyte of a wide model: looked up by now, and lm_head is read again.
+        del self._weights.head
         for layer in self._weights.layers():
             yield functools.partial(_part_of, layer, self._weights.geometry)
             del layer  # it must go before the next one is read
 
     def final_norm(self) -> tuple[torch.Tensor, torch.Tensor]:
         """See WeightSource."""
-        return self._weights.head.norm_weight, self._weights.head.norm_bias
+        return self._norm
 
     def head(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """See WeightSource."""
-        lm_head = self._weights.head.lm_head
+        lm_head = self._weights.read_lm_head()
         for start in range(0, lm_head.shape[0], _HEAD_ROWS):
             stop = min(start + _HEAD_ROWS, lm_head.shape[0])
             yield _values(lm_head, start, stop), _bias(lm_head)[start:stop]

@@ -58,6 +58,11 @@ class QuantizedFiles:
                 lm_head=self._weight(held, recipes.LM_HEAD, self._geometry.hidden_size),
             )
 
+    def read_lm_head(self) -> Weight:
+        """The head's matrix alone."""
+        with self._files.open(self._names_of(recipes.LM_HEAD)) as held:
+            return self._weight(held, recipes.LM_HEAD, self._geometry.hidden_size)
+
     def read_layer(self, number: int) -> LayerWeights:
         """One block."""
         prefix = f"layers.{number}."

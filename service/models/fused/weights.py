@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import track
 
 from gptjet.kernels.batch import BlockGeometry
-from gptjet.kernels.weights import DenseWeight, HeadWeights, LayerWeights
+from gptjet.kernels.weights import DenseWeight, HeadWeights, LayerWeights, Weight
 from gptjet.service.engine.errors import BackendLoadError
 from gptjet.service.models.checkpoint import Checkpoint, is_ignorable_buffer
 from gptjet.service.models.fused import families
@@ -45,6 +45,7 @@ class FusedWeights:
     class_name      "GPTJForCausalLM" or "CodeGenForCausalLM"
     num_parameters  of the model; tied weights once
     quantization    the recipe of a checkpoint that `gptjet quantize` wrote, else None
+    read_lm_head    reads lm_head once more, for who has given `head` back meanwhile
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class FusedWeights:
         num_parameters: int,
         quantization: Mapping[str, Any] | None,
         read_layer: Callable[[int], LayerWeights],
+        read_lm_head: Callable[[], Weight],
         progress: bool,
     ) -> None:
         self.description = description
@@ -66,6 +68,7 @@ class FusedWeights:
         self.weight_type = weight_type
         self.num_parameters = num_parameters
         self.quantization = quantization
+        self.read_lm_head = read_lm_head
         self._read_layer: Callable[[int], LayerWeights] | None = read_layer
         self._progress = progress
 
@@ -134,6 +137,7 @@ def load_fused_weights(
         read_layer=lambda number: _read_layer(
             checkpoint, files, family, geometry, number, weight_type
         ),
+        read_lm_head=lambda: _read_lm_head(checkpoint, files, ties, weight_type),
         progress=progress,
     )
 
@@ -173,6 +177,7 @@ def _load_quantized(
         num_parameters=_count_parameters(_expected_shapes(family, geometry), ties),
         quantization=files.recipe.as_dict(),
         read_layer=files.read_layer,
+        read_lm_head=files.read_lm_head,
         progress=progress,
     )
 
@@ -230,10 +235,18 @@ def _read_head(
         embedding = _embedding(held[stored], weight_type, where + stored)
     if ties and embedding.dtype == DENSE_DTYPES.get(weight_type):
         return HeadWeights(embedding, norm_weight, norm_bias, DenseWeight(embedding, bias))
-    stored = ties.get(families.LM_HEAD, families.LM_HEAD)
-    with files.open([stored]) as held:
-        lm_head = build_weight([held[stored]], 0, weight_type, bias=bias, name=where + stored)
+    lm_head = _read_lm_head(checkpoint, files, ties, weight_type)
     return HeadWeights(embedding, norm_weight, norm_bias, lm_head)
+
+
+def _read_lm_head(
+    checkpoint: Checkpoint, files: TensorFiles, ties: Mapping[str, str], weight_type: WeightType
+) -> Weight:
+    where = f"{checkpoint.path}: "
+    stored = ties.get(families.LM_HEAD, families.LM_HEAD)
+    with files.open([stored, families.LM_HEAD_BIAS]) as held:
+        bias = _vector(held[families.LM_HEAD_BIAS], where + families.LM_HEAD_BIAS)
+        return build_weight([held[stored]], 0, weight_type, bias=bias, name=where + stored)
 
 
 def _embedding(stored: torch.Tensor, weight_type: WeightType, name: str) -> torch.Tensor:
