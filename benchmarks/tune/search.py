@@ -9,6 +9,7 @@ from typing import Protocol
 from gptjet.kernels.gpu.compile_case import GPT_J_6B
 from gptjet.kernels.gpu.tuning import (
     CARDS,
+    FIRST_WITH_ASYNC_COPIES,
     WEIGHT_TYPES,
     Launch,
     Tile,
@@ -25,7 +26,6 @@ _NUM_WARPS = (2, 4, 8, 16)
 _NUM_STAGES = (1, 2, 3, 4)
 _LOAD_BYTES = (4, 8, 16)
 _PROGRAMS_PER_MULTIPROCESSOR = (1, 2, 4, 8, 16)
-_FIRST_WITH_ASYNC_COPIES = 80
 
 # Beyond these nothing is kept in registers, and the compiler takes minutes to find that out.
 _MOST_ACTIVATIONS = 160
@@ -85,7 +85,7 @@ def is_sensible(launch: Launch, tile: Tile) -> bool:
     """Whether registers and shared memory could hold it: what is not is not even compiled."""
     weight_bytes = WEIGHT_TYPES[launch.weight_type]
     threads = 32 * tile.num_warps
-    if tile.num_stages > 2 and launch.capability < _FIRST_WITH_ASYNC_COPIES:
+    if tile.num_stages > 2 and launch.capability < FIRST_WITH_ASYNC_COPIES:
         return False
     if launch.weight_type == "fp16" and tile.load_bytes != 16:
         return False

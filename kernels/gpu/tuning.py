@@ -144,6 +144,9 @@ LATENCY_S = 0.8e-6
 # Bytes of one tile that its program can hold beside the activations of so many rows. With the tile
 # ahead it is held twice: 32 KiB are 64 registers of each of 256 threads.
 _LARGEST_TILE_BYTES = ((2, 32 << 10), (4, 16 << 10), (8, 8 << 10))
+FIRST_WITH_ASYNC_COPIES = 80
+"""The first capability that copies to shared memory without registers (cp.async)."""
+
 _WARPS = 8
 _WAVES = 2
 
@@ -161,10 +164,14 @@ def default_tile(launch: Launch) -> Tile:
     block_k = _even_block_k(launch.k, widest)
     in_flight = 2 * card.bandwidth_gb_s * 1e9 * LATENCY_S / card.multiprocessors
     most = next(limit for up_to, limit in _LARGEST_TILE_BYTES if rows <= up_to)
+    # Many rows leave no registers for a tile ahead; from sm_80 on it can wait in shared memory.
+    is_asynchronous = rows > 2 and launch.capability >= FIRST_WITH_ASYNC_COPIES
+    if is_asynchronous and launch.weight_type == "fp16":
+        most *= 2
     block_n = _power_of_two(int(min(in_flight, most) / (block_k * weight_bytes)))
     block_n = max(2, min(block_n, int(most / (block_k * weight_bytes)), 16))
     split_k = -(-launch.k // block_k)
-    resident = 2 if rows <= 2 else 1
+    resident = 2 if rows <= 2 or (is_asynchronous and rows <= 4) else 1
     programs = max(1, card.multiprocessors * resident * _WAVES // split_k)
     tiles = -(-launch.n // block_n)
     wide = launch.weight_type == "fp16" or rows <= 2
@@ -172,7 +179,7 @@ def default_tile(launch: Launch) -> Tile:
         block_n=block_n,
         block_k=block_k,
         num_warps=_WARPS,
-        num_stages=2,
+        num_stages=3 if is_asynchronous else 2,
         split_k=split_k,
         tiles_per_program=-(-tiles // programs),
         load_bytes=16 if wide else 8,

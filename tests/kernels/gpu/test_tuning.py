@@ -166,3 +166,10 @@ def test_the_splits_of_a_default_are_of_one_length(k: int, block_k: int, split_k
     """5,120 features as 4,096 and 1,024 would leave half of the programs idle."""
     tile = default_tile(Launch("gelu_linear_residual", 75, 1, 4096, k, "fp16"))
     assert (tile.block_k, tile.split_k) == (block_k, split_k)
+
+
+def test_many_rows_wait_in_shared_memory_only_where_there_are_asynchronous_copies() -> None:
+    for capability in CARDS:
+        for rows in range(1, 9):
+            tile = default_tile(Launch("layer_norm_linear", capability, rows, 28672, 4096, "fp16"))
+            assert tile.num_stages == (3 if capability >= 80 and rows > 2 else 2)
