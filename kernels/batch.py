@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
+    from numpy.typing import NDArray
 
 BLOCK_SIZE = 16
 """Tokens of a KV block."""
@@ -57,3 +59,25 @@ class ForwardBatch:
     sequence_index: torch.Tensor
     block_tables: torch.Tensor
     logits_rows: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingBatch:
+    """How the next token of each of T rows is chosen where the device does it. On the CPU.
+
+    sources        [T] int32, the row of the pass before whose sampled id this row computes, so that
+                   the host need not know it yet; -1 where ForwardBatch.token_ids has it
+    temperature    [T] float32, 0 for the likeliest token
+    top_k          [T] int32, 0 for every token
+    top_p          [T] float32, 1 for every token
+    seed           [T] uint64, stream_index [T] int32, draw_position [T] int32: the random stream,
+                   the sequence's index in its request, and tokens that it has drawn so far
+    """
+
+    sources: NDArray[np.int32]
+    temperature: NDArray[np.float32]
+    top_k: NDArray[np.int32]
+    top_p: NDArray[np.float32]
+    seed: NDArray[np.uint64]
+    stream_index: NDArray[np.int32]
+    draw_position: NDArray[np.int32]

@@ -1,0 +1,213 @@
+"""The functions that a GPU model is made of, by name: Triton's kernels, or plain PyTorch in place.
+
+The PyTorch ones have the same signatures and write into the same buffers, so that everything around
+the kernels (buckets, padding, graphs, routes) can be tested without them, in milliseconds.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from gptjet.kernels import reference
+from gptjet.kernels.weights import Int4Weight, Int8Weight, Weight
+
+
+class Embed(Protocol):
+    """See embedding.embed."""
+
+    def __call__(
+        self,
+        token_ids: torch.Tensor,
+        sources: torch.Tensor,
+        sampled: torch.Tensor,
+        embedding: torch.Tensor,
+        residual: torch.Tensor,
+    ) -> None:
+        """See the class."""
+        ...
+
+
+class LayerNormLinear(Protocol):
+    """out [T, N] = linear(layer_norm(x [T, H] float32)), T at most 8."""
+
+    def __call__(
+        self,
+        x: torch.Tensor,
+        norm_weight: torch.Tensor,
+        norm_bias: torch.Tensor,
+        eps: float,
+        weight: Weight,
+        out: torch.Tensor,
+        *,
+        workspace: torch.Tensor | None = None,
+    ) -> None:
+        """See the class."""
+        ...
+
+
+class GeluLinearResidual(Protocol):
+    """residual [T, H] float32 += linear([attended; gelu(inner)]), T at most 8."""
+
+    def __call__(
+        self,
+        residual: torch.Tensor,
+        attended: torch.Tensor,
+        inner: torch.Tensor,
+        weight: Weight,
+        *,
+        workspace: torch.Tensor | None = None,
+    ) -> None:
+        """See the class."""
+        ...
+
+
+class RotaryWriteKv(Protocol):
+    """See rotary_kv.rotary_write_kv; any number of tokens."""
+
+    def __call__(
+        self,
+        projected: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        positions: torch.Tensor,
+        sequence_index: torch.Tensor,
+        block_tables: torch.Tensor,
+        layer_cache: torch.Tensor,
+        queries: torch.Tensor,
+    ) -> None:
+        """See the class."""
+        ...
+
+
+class PagedAttention(Protocol):
+    """out [T, heads * head_dim] of one query token a row; zeros in padding rows."""
+
+    def __call__(
+        self,
+        queries: torch.Tensor,
+        layer_cache: torch.Tensor,
+        positions: torch.Tensor,
+        sequence_index: torch.Tensor,
+        block_tables: torch.Tensor,
+        out: torch.Tensor,
+        *,
+        workspace: torch.Tensor | None = None,
+    ) -> None:
+        """See the class."""
+        ...
+
+
+class DequantizeRows(Protocol):
+    """See dequantize.dequantize_rows."""
+
+    def __call__(
+        self, weight: Int8Weight | Int4Weight, start: int, stop: int, out: torch.Tensor
+    ) -> None:
+        """See the class."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Operations:
+    """What one row pass and one prefill are made of. `name` is for people."""
+
+    name: str
+    embed: Embed
+    layer_norm_linear: LayerNormLinear
+    gelu_linear_residual: GeluLinearResidual
+    rotary_write_kv: RotaryWriteKv
+    paged_attention: PagedAttention
+    dequantize_rows: DequantizeRows
+
+
+def reference_operations() -> Operations:
+    """`reference`'s functions behind the kernels' signatures, on any device. For tests: they
+    allocate, and wait for the device."""
+    return Operations(
+        "PyTorch references",
+        _embed,
+        _layer_norm_linear,
+        _gelu_linear_residual,
+        _rotary_write_kv,
+        _paged_attention,
+        reference.dequantize_rows,
+    )
+
+
+def _embed(
+    token_ids: torch.Tensor,
+    sources: torch.Tensor,
+    sampled: torch.Tensor,
+    embedding: torch.Tensor,
+    residual: torch.Tensor,
+) -> None:
+    ids = torch.where(sources >= 0, sampled[sources.clamp_min(0).long()], token_ids)
+    residual.copy_(embedding[ids.clamp_min(0).long()])
+
+
+def _layer_norm_linear(
+    x: torch.Tensor,
+    norm_weight: torch.Tensor,
+    norm_bias: torch.Tensor,
+    eps: float,
+    weight: Weight,
+    out: torch.Tensor,
+    **_: Any,
+) -> None:
+    normed = reference.layer_norm(x, norm_weight, norm_bias, eps)
+    out.copy_(reference.linear(normed, weight))
+
+
+def _gelu_linear_residual(
+    residual: torch.Tensor,
+    attended: torch.Tensor,
+    inner: torch.Tensor,
+    weight: Weight,
+    **_: Any,
+) -> None:
+    reference.gelu_linear_residual(residual, attended.float(), inner.float(), weight)
+
+
+def _rotary_write_kv(
+    projected: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    positions: torch.Tensor,
+    sequence_index: torch.Tensor,
+    block_tables: torch.Tensor,
+    layer_cache: torch.Tensor,
+    queries: torch.Tensor,
+) -> None:
+    real = positions >= 0
+    heads, head_dim = queries.shape[1:]
+    width = heads * head_dim
+    query, key, value = (
+        part.reshape(-1, heads, head_dim)
+        for part in torch.split(projected[real, : 3 * width], width, 1)
+    )
+    where = positions[real].long()
+    queries.zero_()
+    queries[real] = reference.rotary(query, cos[where], sin[where])
+    slots = reference.slot_mapping(positions[real], sequence_index[real], block_tables)
+    turned = reference.rotary(key, cos[where], sin[where])
+    reference.write_kv(layer_cache, turned, value, slots)
+
+
+def _paged_attention(
+    queries: torch.Tensor,
+    layer_cache: torch.Tensor,
+    positions: torch.Tensor,
+    sequence_index: torch.Tensor,
+    block_tables: torch.Tensor,
+    out: torch.Tensor,
+    **_: Any,
+) -> None:
+    real = positions >= 0
+    out.zero_()
+    if bool(real.any()):
+        out[real] = reference.paged_attention(
+            queries[real].float(), layer_cache, positions[real], sequence_index[real], block_tables
+        ).to(out.dtype)
