@@ -80,6 +80,16 @@ class GpuModel:
         self._inputs = RowBuffers(self.max_rows, _table_width(geometry), self.device, transfers)
         self._views: dict[int, RowInputs] = {}
         self._buffers = _Buffers(geometry, self.max_rows, self.device)
+        self._attention_workspace = torch.empty(
+            operations.attention_workspace(
+                self.max_rows,
+                geometry.num_heads,
+                geometry.head_dim,
+                _table_width(geometry),
+                capability,
+            ),
+            device=self.device,
+        )
         self._logits_pass = BucketedPass(self._launch_logits)
         # The KV cache that the next launch writes to, and the one that graphs were recorded over.
         self._kv_cache: torch.Tensor | None = None
@@ -96,7 +106,8 @@ class GpuModel:
             tensors += [layer.norm_weight, layer.norm_bias]
             tensors += [*_tensors_of(layer.w_in), *_tensors_of(layer.w_out)]
         by_storage = {tensor.untyped_storage().data_ptr(): tensor.nbytes for tensor in tensors}
-        return sum(by_storage.values()) + self._matmul.nbytes + self._buffers.nbytes
+        buffers = self._matmul.nbytes + self._buffers.nbytes + self._attention_workspace.nbytes
+        return sum(by_storage.values()) + buffers
 
     def reserved_bytes(self, max_tokens: int, *, graphs_wanted: bool) -> int:
         """Memory to leave free beside the KV cache: prefills of `max_tokens` tokens, graphs."""
@@ -171,6 +182,7 @@ class GpuModel:
         self._kv_cache = None
         self._matmul = Matmul(self._operations.dequantize_rows, [], self.device)
         self._buffers = _Buffers(self.geometry, 0, self.device)
+        self._attention_workspace = self._attention_workspace.new_empty(0)
 
     # --- rows ---
 
@@ -208,7 +220,9 @@ class GpuModel:
         for layer, cache in zip(self._layers, kv_cache, strict=True):
             self._first_pass(residual, layer.norm_weight, layer.norm_bias, layer.w_in, projected)
             run.rotary_write_kv(projected, self._cos, self._sin, *where, cache, queries)
-            run.paged_attention(queries, cache, *where, attended)
+            run.paged_attention(
+                queries, cache, *where, attended, workspace=self._attention_workspace
+            )
             self._second_pass(residual, attended, inner, layer.w_out)
         logits = buffers.logits[:bucket]
         self._first_pass(residual, head.norm_weight, head.norm_bias, head.lm_head, logits)

@@ -110,6 +110,16 @@ class DequantizeRows(Protocol):
         ...
 
 
+class AttentionWorkspace(Protocol):
+    """float32 elements that paged_attention works in; `capability` as 75 for sm_75."""
+
+    def __call__(
+        self, rows: int, heads: int, head_dim: int, table_width: int, capability: int
+    ) -> int:
+        """See the class."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Operations:
     """What one row pass and one prefill are made of. `name` is for people."""
@@ -120,7 +130,43 @@ class Operations:
     gelu_linear_residual: GeluLinearResidual
     rotary_write_kv: RotaryWriteKv
     paged_attention: PagedAttention
+    attention_workspace: AttentionWorkspace
     dequantize_rows: DequantizeRows
+
+
+def triton_operations() -> Operations:
+    """The kernels. Imports Triton, so that nothing else has to."""
+    import triton
+
+    from gptjet.kernels.gpu import paged_attention as attention
+    from gptjet.kernels.gpu.dequantize import dequantize_rows
+    from gptjet.kernels.gpu.embedding import embed
+    from gptjet.kernels.gpu.gelu_linear_residual import gelu_linear_residual
+    from gptjet.kernels.gpu.layer_norm_linear import layer_norm_linear
+    from gptjet.kernels.gpu.rotary_kv import rotary_write_kv
+
+    def workspace(rows: int, heads: int, head_dim: int, table_width: int, capability: int) -> int:
+        return max(
+            attention.workspace_elements(
+                rows,
+                heads,
+                head_dim,
+                table_width,
+                attention.default_tile(head_dim, capability, is_int8=is_int8),
+            )
+            for is_int8 in (False, True)
+        )
+
+    return Operations(
+        f"Triton {triton.__version__} kernels",
+        embed,
+        layer_norm_linear,
+        gelu_linear_residual,
+        rotary_write_kv,
+        attention.paged_attention,
+        workspace,
+        dequantize_rows,
+    )
 
 
 def reference_operations() -> Operations:
@@ -133,6 +179,7 @@ def reference_operations() -> Operations:
         _gelu_linear_residual,
         _rotary_write_kv,
         _paged_attention,
+        lambda *_: 0,
         reference.dequantize_rows,
     )
 

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch.nn.attention.bias import causal_lower_right
 
 from gptjet.kernels.batch import BLOCK_SIZE, ForwardBatch
+from gptjet.kernels.reference import int8_kv_scales
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +81,11 @@ def gather_kv(
 ) -> torch.Tensor:
     """Keys and values [2, heads, context, head_dim] of one sequence, in one copy out of its blocks.
 
-    blocks [ceil(context / BLOCK_SIZE)] int32.
+    blocks [ceil(context / BLOCK_SIZE)] int32. Values of an INT8 cache are multiplied out.
     """
     held = layer_cache.permute(0, 2, 1, 3, 4).index_select(2, blocks)
+    if held.dtype == torch.int8:
+        # In float32: the scale of a token may be beyond float16 where its values are not.
+        scales = int8_kv_scales(held).unsqueeze(-1)
+        held = (held[..., :BLOCK_SIZE, :] * scales).to(dtype)
     return held.flatten(2, 3)[:, :, :context].to(dtype)

@@ -37,7 +37,10 @@ def load(options: LoadOptions) -> LoadedModel:
     )
     refusals: list[str] = []
     verdict = None
-    for name in _candidates(device.type):
+    candidates = _candidates(device.type)
+    if options.kv_cache_dtype != "auto":
+        candidates = ("fused",)  # the only one that has another
+    for name in candidates:
         try:
             # Strict, so that a failed one comes here and not to a fallback of its own.
             loaded = BACKENDS[name].load(dataclasses.replace(options, strict_parity=True))

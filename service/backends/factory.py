@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from gptjet.service.engine.tokenizer import Tokenizer
 
 
+KV_CACHE_DTYPES = ("auto", "int8")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadOptions:
     """What a loader is asked for.
@@ -32,6 +35,9 @@ class LoadOptions:
     cpu_threads       cores that a model on the CPU keeps busy; None: see threads.choose_cpu_threads
     deterministic     what a sequence gets never depends on what else is computed with it, also
                       where the fused backend has no kernels that promise it; slow there
+    cuda_graphs       replay decode steps as CUDA graphs, where the fused backend's kernels run
+    kv_cache_dtype    "auto" for what is computed in, or "int8": half the memory, of the fused
+                      backend's GPU kernels
     """
 
     model: str
@@ -45,6 +51,8 @@ class LoadOptions:
     strict_parity: bool = False
     cpu_threads: int | None = None
     deterministic: bool = False
+    cuda_graphs: bool = True
+    kv_cache_dtype: str = "auto"
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +152,8 @@ def load_backend(
     strict_parity: bool = False,
     cpu_threads: int | None = None,
     deterministic: bool = False,
+    cuda_graphs: bool = True,
+    kv_cache_dtype: str = "auto",
 ) -> LoadedModel:
     """Load `model` into the backend called `name`; the arguments are those of LoadOptions.
 
@@ -157,6 +167,14 @@ def load_backend(
         raise BackendLoadError(f"max_sequences must be 1 or more, got {max_sequences}")
     if kv_cache_tokens is not None and kv_cache_tokens < 1:
         raise BackendLoadError(f"kv_cache_tokens must be 1 or more, got {kv_cache_tokens}")
+    if kv_cache_dtype not in KV_CACHE_DTYPES:
+        raise BackendLoadError(
+            f"unknown kv_cache_dtype {kv_cache_dtype!r}: give {' or '.join(KV_CACHE_DTYPES)}"
+        )
+    if kv_cache_dtype != "auto" and name not in ("fused", "auto"):
+        raise BackendLoadError(
+            f"kv_cache_dtype {kv_cache_dtype} is for the fused backend, not for {name}"
+        )
     if cpu_threads is not None and cpu_threads < 1:
         raise BackendLoadError(f"cpu_threads must be 1 or more, got {cpu_threads}")
     return entry.load(
@@ -172,5 +190,7 @@ def load_backend(
             strict_parity=strict_parity,
             cpu_threads=cpu_threads,
             deterministic=deterministic,
+            cuda_graphs=cuda_graphs,
+            kv_cache_dtype=kv_cache_dtype,
         )
     )

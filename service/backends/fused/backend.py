@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from typing import TYPE_CHECKING
 
 import torch
@@ -24,9 +24,17 @@ class FusedBackend:
     """
 
     def __init__(
-        self, runner: ModelRunner, spec: BackendSpec, *, torch_threads: int | None = None
+        self,
+        runner: ModelRunner,
+        spec: BackendSpec,
+        *,
+        torch_threads: int | None = None,
+        prepare: Callable[[], None] | None = None,
     ) -> None:
-        """`torch_threads` is what PyTorch has again once this is closed."""
+        """torch_threads  what PyTorch has again once this is closed
+        prepare        done once, in `warm_up`, when nothing is in the KV cache yet
+        """
+        self._prepare = prepare
         self._runner = runner
         self._spec = spec
         self._torch_threads = torch_threads
@@ -49,6 +57,8 @@ class FusedBackend:
         _owned(self._runner.run([Segment([0] * length, 0, blocks, wanted=1)]))
         if most > length:
             self._runner.decode([0], [length], [blocks])
+        if self._prepare is not None:
+            self._prepare()
         if self._runner.kv_cache.device.type == "cuda":
             torch.cuda.synchronize(self._runner.kv_cache.device)
 

@@ -13,7 +13,7 @@ from gptjet.service.models.memory import format_bytes
 
 def bytes_per_block(geometry: BlockGeometry, dtype: torch.dtype) -> int:
     """Memory of one KV block over all layers."""
-    return prod(geometry.kv_block_shape) * dtype.itemsize
+    return prod(_block_shape(geometry, dtype)) * dtype.itemsize
 
 
 def num_kv_blocks(
@@ -51,10 +51,12 @@ def allocate_kv_cache(
 ) -> torch.Tensor:
     """[layers, 2, num_blocks, heads, BLOCK_SIZE, head_dim], uninitialised.
 
+    int8 has a row more a head, of scales: see BlockGeometry.int8_kv_block_shape.
+
     On a CPU the system gives pages when they are first written, so blocks that no sequence has used
     take no memory. Raises BackendLoadError where the system refuses the address space.
     """
-    layers, two, *block = geometry.kv_block_shape
+    layers, two, *block = _block_shape(geometry, dtype)
     shape = (layers, two, num_blocks, *block)
     try:
         return torch.empty(shape, dtype=dtype, device=device)
@@ -64,3 +66,7 @@ def allocate_kv_cache(
             f"({format_bytes(prod(shape) * dtype.itemsize)}) could not be allocated on {device}: "
             f"lower kv_cache_tokens"
         ) from error
+
+
+def _block_shape(geometry: BlockGeometry, dtype: torch.dtype) -> tuple[int, ...]:
+    return geometry.int8_kv_block_shape if dtype is torch.int8 else geometry.kv_block_shape

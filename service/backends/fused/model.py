@@ -5,12 +5,15 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
 from gptjet.kernels.cpu import CpuModel, NativeUnavailableError
+from gptjet.kernels.gpu.availability import KernelsUnavailableError
 from gptjet.kernels.weights import DenseWeight, HeadWeights, Int8Weight, LayerWeights, Weight
+from gptjet.service.backends.fused import gpu
+from gptjet.service.backends.fused.placing import head_to, layers_to
 from gptjet.service.backends.fused.runner import FusedModel
 from gptjet.service.engine.errors import BackendLoadError
 from gptjet.service.models.architecture import one_line
@@ -36,12 +39,14 @@ _COMPUTE = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 class Computer:
     """A model ready to compute.
 
-    kv_dtype           of its KV cache, and what it computes in
+    compute_dtype      of its activations
+    kv_dtype           of its KV cache; int8 has its scales in it
     is_batch_invariant what it computes for a token never depends on the other tokens of a pass
     description        of what computes, for people
     """
 
     model: FusedModel
+    compute_dtype: torch.dtype
     kv_dtype: torch.dtype
     is_batch_invariant: bool
     description: str
@@ -56,22 +61,27 @@ def check_weight_type(name: str, device: torch.device) -> None:
 
 
 def build_model(
-    weights: FusedWeights, weight_type: str, device: torch.device, *, num_threads: int
+    weights: FusedWeights,
+    weight_type: str,
+    device: torch.device,
+    *,
+    num_threads: int,
+    max_rows: int = 1,
+    kv_cache_dtype: str = "auto",
 ) -> Computer:
     """Take the layers of `weights` into the fastest model that runs on `device`.
 
-    Where the kernels for a CPU cannot be had (no compiler, another processor) the log says why and
-    PyTorch computes.
+    Where the kernels for a device cannot be had (no compiler, another processor, a card that they
+    are not for) the log says why and PyTorch computes.
+
+    max_rows        most sequences that decode together
+    kv_cache_dtype  "auto" for what is computed in, or "int8", which only the GPU kernels know:
+                    raises BackendLoadError elsewhere
     """
-    if device.type != "cpu":
-        compute = _COMPUTE.get(weight_type, torch.float16)
-        model = TorchModel(
-            weights.geometry,
-            _head_to(weights.head, device),
-            _layers_to(weights.layers(), device),
-            compute_dtype=compute,
-        )
-        return Computer(model, compute, False, f"PyTorch {torch.__version__}")
+    if device.type != "cpu" or gpu.is_interpreted(device):
+        return _build_on_gpu(weights, weight_type, device, max_rows, kv_cache_dtype)
+    if kv_cache_dtype != "auto":
+        raise BackendLoadError(_int8_kv_needs_kernels("a CPU has others"))
     layers = weights.layers()  # untouched where the kernels cannot be had
     try:
         native = CpuModel.pack(
@@ -87,6 +97,7 @@ def build_model(
         return Computer(
             torch_model,
             torch.float32,
+            torch.float32,
             False,
             f"PyTorch {torch.__version__} on {num_threads} threads, as there are no kernels for "
             f"this CPU ({reason})",
@@ -95,7 +106,9 @@ def build_model(
         raise BackendLoadError(
             f"the CPU kernels cannot take the weights: {one_line(error)}"
         ) from error
-    return Computer(native, torch.float32, True, f"CPU kernels on {num_threads} threads")
+    return Computer(
+        native, torch.float32, torch.float32, True, f"CPU kernels on {num_threads} threads"
+    )
 
 
 def _giving_up_head(head: HeadWeights, layers: Iterator[LayerWeights]) -> Iterator[LayerWeights]:
@@ -116,35 +129,46 @@ def _stored(weight: Weight) -> torch.Tensor:
     return weight.quantized if isinstance(weight, Int8Weight) else weight.packed
 
 
-def _layers_to(layers: Iterator[LayerWeights], device: torch.device) -> Iterator[LayerWeights]:
-    for layer in layers:
-        yield LayerWeights(
-            layer.norm_weight.to(device),
-            layer.norm_bias.to(device),
-            _weight_to(layer.w_in, device),
-            _weight_to(layer.w_out, device),
-        )
+def _build_on_gpu(
+    weights: FusedWeights,
+    weight_type: str,
+    device: torch.device,
+    max_rows: int,
+    kv_cache_dtype: str,
+) -> Computer:
+    half = torch.float16
+    kv_dtype = torch.int8 if kv_cache_dtype == "int8" else half
+    try:
+        operations = gpu.load_operations(weight_type, device)
+    except KernelsUnavailableError as error:
+        reason = one_line(error)
+        if kv_dtype is torch.int8:
+            raise BackendLoadError(_int8_kv_needs_kernels(reason)) from error
+        logger.warning("PyTorch computes instead of the GPU kernels: %s", reason)
+        return _build_torch_on_gpu(weights, weight_type, device, reason)
+    if kv_dtype is torch.int8:
+        try:
+            _ = weights.geometry.int8_kv_block_shape
+        except ValueError as error:
+            raise BackendLoadError(f"kv_cache_dtype int8: {error}") from error
+    model = gpu.build_gpu_model(weights, operations, device, max_rows=max_rows)
+    name = "INT8" if kv_dtype is torch.int8 else "FP16"
+    return Computer(model, half, kv_dtype, False, f"{operations.name}, {name} KV cache")
 
 
-def _head_to(head: HeadWeights, device: torch.device) -> HeadWeights:
-    embedding = head.embedding.to(device)
-    lm_head = head.lm_head
-    if isinstance(lm_head, DenseWeight) and lm_head.weight is head.embedding:
-        lm_head = replace(lm_head, weight=embedding)  # tied: one copy for both
-    return HeadWeights(
-        embedding,
-        head.norm_weight.to(device),
-        head.norm_bias.to(device),
-        _weight_to(lm_head, device),
+def _build_torch_on_gpu(
+    weights: FusedWeights, weight_type: str, device: torch.device, reason: str
+) -> Computer:
+    compute = _COMPUTE.get(weight_type, torch.float16)
+    model = TorchModel(
+        weights.geometry,
+        head_to(weights.head, device),
+        layers_to(weights.layers(), device),
+        compute_dtype=compute,
     )
+    description = f"PyTorch {torch.__version__}, as the GPU kernels cannot be used ({reason})"
+    return Computer(model, compute, compute, False, description)
 
 
-def _weight_to(weight: Weight, device: torch.device) -> Weight:
-    bias = None if weight.bias is None else weight.bias.to(device)
-    if isinstance(weight, DenseWeight):
-        return DenseWeight(weight.weight.to(device), bias)
-    if isinstance(weight, Int8Weight):
-        return Int8Weight(weight.quantized.to(device), weight.scale.to(device), bias)
-    return replace(
-        weight, packed=weight.packed.to(device), scale=weight.scale.to(device), bias=bias
-    )
+def _int8_kv_needs_kernels(reason: str) -> str:
+    return f"kv_cache_dtype int8 needs the GPU kernels of the fused backend: {reason}"

@@ -65,6 +65,8 @@ def _last_logits(
 # The CPU kernels multiply INT8 and INT4 weights by activations of 16 bits, half a unit of which is
 # 2^-16 of the largest in a row; a typical activation is a fraction of that.
 _INTEGER_ROUNDOFF = 2.0**-15
+# An INT8 KV cache rounds to half of 1/127 of the largest value of a token's head.
+_INT8_KV_ROUNDOFF = 2.0**-8
 # Against the weights before they were quantised. Rounding to nearest moved the logits of the
 # embedded checkpoint by 0.015 (INT8) and 0.22 (INT4), of random ones by up to twice that; at 1.0
 # they would say nothing of the model any more. A finer bound is for a file's own recipe.
@@ -80,7 +82,8 @@ def judge(
     """Hold the fused path to every reference; the verdict on the served weights has the last word.
 
     Its limit is what rounding explains in the dtype that is computed in (parity.tolerance); for
-    INT8 and INT4 on a CPU, by the same formula, what 16-bit activations explain. Greedy choices
+    INT8 and INT4 on a CPU, by the same formula, what 16-bit activations explain, and for an INT8 KV
+    cache what its rounding does. Greedy choices
     must be equal but for ties within twice the limit.
     """
     layers = runner.geometry.num_layers
@@ -88,6 +91,8 @@ def judge(
         limit = parity.tolerance(compute_dtype, layers)
     else:
         limit = parity.rounding_tolerance(_INTEGER_ROUNDOFF, layers)
+    if runner.kv_cache.dtype is torch.int8:
+        limit = max(limit, parity.rounding_tolerance(_INT8_KV_ROUNDOFF, layers))
     verdict = parity.compare(FusedStepper(runner), references["weights"], limit)
     floats = references.get("floats")
     if floats is None:

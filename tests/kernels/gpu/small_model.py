@@ -19,8 +19,8 @@ from gptjet.kernels.weights import (
 GEOMETRY = BlockGeometry(
     num_layers=2,
     hidden_size=64,
-    num_heads=2,
-    head_dim=32,
+    num_heads=1,
+    head_dim=64,
     rotary_dim=16,
     inner_size=96,
     vocab_size=101,
@@ -62,9 +62,11 @@ def random_weights(kind: str, seed: int = 0) -> tuple[HeadWeights, list[LayerWei
     return head, layers
 
 
-def kv_cache(num_blocks: int = 24) -> torch.Tensor:
-    """Poisoned: what is read before it is written shows."""
-    layers, two, *block = GEOMETRY.kv_block_shape
+def kv_cache(num_blocks: int = 24, *, is_int8: bool = False) -> torch.Tensor:
+    """Poisoned: what is read before it is written shows. (Bytes of -1 are scales of NaN.)"""
+    layers, two, *block = GEOMETRY.int8_kv_block_shape if is_int8 else GEOMETRY.kv_block_shape
+    if is_int8:
+        return torch.full((layers, two, num_blocks, *block), -1, dtype=torch.int8)
     return torch.full((layers, two, num_blocks, *block), torch.nan, dtype=torch.float16)
 
 

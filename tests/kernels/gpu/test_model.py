@@ -60,6 +60,19 @@ def test_prompts_chunks_drafts_and_decodes_compute_what_the_plain_model_does(
         torch.testing.assert_close(model.forward(batch, caches[0]), expected, **TOLERANCE)
 
 
+def test_int8_kv_cache_is_read_and_written_on_both_ways(
+    small: ModuleType, pair: Callable[..., tuple[GpuModel, TorchModel]]
+) -> None:
+    model, plain = pair()
+    caches = small.kv_cache(is_int8=True), small.kv_cache().float()
+    text = prompt(50)
+    for ids, start in [(text[:20], 0), (text[20:49], 20), (text[49:], 49), ([7], 50)]:
+        batch = small.batch_of([(ids, start, [3, 9, 1, 7])])
+        expected = plain.forward(batch, caches[1])
+        found = model.forward(batch, caches[0])
+        torch.testing.assert_close(found, expected, atol=0.1, rtol=0.0)
+
+
 def test_more_rows_than_kernels_take_compute_the_same(
     small: ModuleType, pair: Callable[..., tuple[GpuModel, TorchModel]]
 ) -> None:
