@@ -36,6 +36,8 @@ _PANELS = {
         "allow_pickle",
         "local_files_only",
         "kv_cache_tokens",
+        "kv_cache_dtype",
+        "cuda_graphs",
         "strict_parity",
     ),
     "Limits": (

@@ -36,6 +36,20 @@ def test_flag_wins_over_environment_over_file_over_default(
     assert config.host == "127.0.0.1"
 
 
+def test_settings_of_the_gpu_come_from_every_source(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    assert (load_config().cuda_graphs, load_config().kv_cache_dtype) == (True, "auto")
+    file = tmp_path / "gptjet.toml"
+    file.write_text('cuda_graphs = false\nkv_cache_dtype = "int8"\n')
+    assert (load_config(file).cuda_graphs, load_config(file).kv_cache_dtype) == (False, "int8")
+    monkeypatch.setenv("GPTJET_KV_CACHE_DTYPE", "auto")
+    assert load_config(file).kv_cache_dtype == "auto"
+    assert load_config(file, cuda_graphs=True).cuda_graphs
+    with pytest.raises(ConfigError, match="--kv-cache-dtype: must be 'auto' or 'int8', got 'fp8'"):
+        load_config(kv_cache_dtype="fp8")
+
+
 def test_flag_that_is_none_was_not_given(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GPTJET_PORT", "3")
     assert load_config(port=None).port == 3
