@@ -26,7 +26,14 @@ GPT_J_6B = BlockGeometry(
 )
 """The geometry whose launches are compiled."""
 
-MODULES: tuple[str, ...] = ("dequantize", "embedding", "paged_attention", "rotary_kv")
+MODULES: tuple[str, ...] = (
+    "dequantize",
+    "embedding",
+    "gelu_linear_residual",
+    "layer_norm_linear",
+    "paged_attention",
+    "rotary_kv",
+)
 """Modules of this package with `compile_cases`; a test compares the list with the folder."""
 
 
