@@ -58,6 +58,15 @@ class BlockGeometry:
             )
         return (self.num_layers, 2, self.num_heads, INT8_KV_ROWS, self.head_dim)
 
+    def kv_cache_shape(self, num_blocks: int, dtype: torch.dtype) -> tuple[int, ...]:
+        """Of a KV cache: [layers, 2, num_blocks, heads, rows, head_dim].
+
+        Raises ValueError where the dtype is int8 and a head too small for it.
+        """
+        is_int8 = dtype.itemsize == 1
+        layers, two, *block = self.int8_kv_block_shape if is_int8 else self.kv_block_shape
+        return (layers, two, num_blocks, *block)
+
 
 @dataclass(frozen=True, slots=True)
 class ForwardBatch:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from pydantic import BaseModel, ConfigDict, Field
 
 
@@ -16,9 +14,4 @@ class GpuConfig(BaseModel):
         default=True,
         description="replay decode steps as CUDA graphs, recorded at start (off: kernel by kernel, "
         "slower; a way round a driver that cannot record them)",
-    )
-    kv_cache_dtype: Literal["auto", "int8"] = Field(
-        default="auto",
-        description="auto (what is computed in) or int8: twice the tokens in the same memory, "
-        "slightly rounded; of the fused backend on a GPU",
     )

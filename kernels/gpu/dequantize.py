@@ -26,6 +26,8 @@ def dequantize_rows(
 ) -> None:
     """Write the values of rows [start, stop) into out [stop - start, K] float16, contiguous.
 
+    Rows of the weight may stand apart.
+
     Each is quantised * scale, computed in float32 and rounded once. Nothing is allocated or waited
     for.
     """
@@ -37,6 +39,7 @@ def dequantize_rows(
             weight.scale[start:stop],
             out,
             inputs,
+            weight.quantized.stride(0),
             BLOCK=_BLOCK,
             num_warps=_NUM_WARPS,
         )
@@ -46,8 +49,8 @@ def dequantize_rows(
         weight.scale[start:stop],
         out,
         inputs,
-        weight.packed.shape[1],
-        weight.scale.shape[1],
+        weight.packed.stride(0),
+        weight.scale.stride(0),
         GROUP=weight.group,
         BLOCK=_BLOCK,
         num_warps=_NUM_WARPS,
@@ -55,12 +58,12 @@ def dequantize_rows(
 
 
 @triton.jit
-def _dequantize_int8_kernel(quantized, scale, out, inputs, BLOCK: tl.constexpr):
+def _dequantize_int8_kernel(quantized, scale, out, inputs, row_bytes, BLOCK: tl.constexpr):
     """Program (row, block of inputs)."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     held = column < inputs
-    levels = tl.load(quantized + row * inputs + column, mask=held, other=0)
+    levels = tl.load(quantized + row * row_bytes + column, mask=held, other=0)
     values = levels.to(tl.float32) * tl.load(scale + row)
     tl.store(out + row * inputs + column, values.to(tl.float16), mask=held)
 
@@ -92,13 +95,19 @@ def compile_cases() -> tuple[CompileCase, ...]:
         CompileCase(
             name="int8",
             kernel=_dequantize_int8_kernel,
-            signature={"quantized": "*i8", "scale": "*fp32", **common, "BLOCK": "constexpr"},
+            signature={
+                "quantized": "*i8",
+                "scale": "*fp32",
+                **common,
+                "row_bytes": "i32",
+                "BLOCK": "constexpr",
+            },
             constexprs={"BLOCK": _BLOCK},
             num_warps=_NUM_WARPS,
             programs=programs,
             bytes_moved=eight,
             bytes_minimum=eight,
-            divisible_by_16=frozenset({"inputs"}),
+            divisible_by_16=frozenset({"inputs", "row_bytes"}),
         ),
         CompileCase(
             name="int4",

@@ -53,12 +53,8 @@ def sums_over(values, AXIS: tl.constexpr, ROWS: tl.constexpr):
         total = tl.sum(joined, axis=AXIS)
         return tl.reshape(total, total.shape[:-2] + [4])
     else:
-        even = tl.join(
-            tl.join(values[0], values[4]), tl.join(values[2], values[min(6, LAST)])
-        )
-        odd = tl.join(
-            tl.join(values[1], values[min(5, LAST)]), tl.join(values[3], values[LAST])
-        )
+        even = tl.join(tl.join(values[0], values[4]), tl.join(values[2], values[min(6, LAST)]))
+        odd = tl.join(tl.join(values[1], values[min(5, LAST)]), tl.join(values[3], values[LAST]))
         total = tl.sum(tl.join(even, odd), axis=AXIS)
         return tl.reshape(total, total.shape[:-3] + [8])
 

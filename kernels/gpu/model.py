@@ -12,8 +12,9 @@ The residual stream is float32, everything else float16; kernels compute in floa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -23,19 +24,17 @@ from gptjet.kernels import reference
 from gptjet.kernels.batch import BLOCK_SIZE, ForwardBatch
 from gptjet.kernels.gpu import graphs
 from gptjet.kernels.gpu.buffers import CpuTransfers, CudaTransfers, RowBuffers, RowInputs, Transfers
+from gptjet.kernels.gpu.gemv_launch import MAX_ROWS, Workspace, align_rows, capability_of
 from gptjet.kernels.gpu.graphs import BucketedPass, CaptureError, Recorder, bucket_for, row_buckets
 from gptjet.kernels.gpu.matmul import Matmul
 from gptjet.kernels.gpu.prefill_attention import prefill_attention, spans_of
-from gptjet.kernels.gpu.routes import GEMV_ROWS, max_gemv_rows
+from gptjet.kernels.gpu.routes import max_gemv_rows
 from gptjet.kernels.weights import DenseWeight, Int8Weight
 
 if TYPE_CHECKING:
     from gptjet.kernels.batch import BlockGeometry
     from gptjet.kernels.gpu.operations import Operations
     from gptjet.kernels.weights import HeadWeights, LayerWeights, Weight
-
-# What a pass is judged by on a device without a compute capability (interpreted kernels).
-_INTERPRETED_CAPABILITY = 80
 
 
 class GpuModel:
@@ -57,18 +56,22 @@ class GpuModel:
         Raises ValueError for another number of layers, and for weights of another dtype.
         """
         self.geometry = geometry
-        self.max_rows = max(max_rows, GEMV_ROWS)
+        self.max_rows = max(max_rows, MAX_ROWS)
         self.buckets = row_buckets(self.max_rows)
         self._operations = operations
+        head = replace(head, lm_head=align_rows(head.lm_head))
         self._head: HeadWeights | None = head
-        self._layers = list(layers)
+        self._layers = [
+            replace(layer, w_in=align_rows(layer.w_in), w_out=align_rows(layer.w_out))
+            for layer in layers
+        ]
         if len(self._layers) != geometry.num_layers:
             raise ValueError(f"{len(self._layers)} layers given, {geometry.num_layers} expected")
         self.device = head.embedding.device
-        weights = [head.lm_head, *(w for layer in self._layers for w in (layer.w_in, layer.w_out))]
+        weights = [weight for _, weight in self._passes()]
         for weight in weights:
             _check_weight(weight)
-        capability = _capability(self.device)
+        capability = capability_of(self.device)
         self._max_gemv_rows = min(max_gemv_rows(weight, capability) for weight in weights)
         self._matmul = Matmul(operations.dequantize_rows, weights, self.device)
         self._cos, self._sin = reference.rotary_tables(
@@ -90,6 +93,7 @@ class GpuModel:
             ),
             device=self.device,
         )
+        self._workspace = Workspace.for_weights(self.device, self._passes(), MAX_ROWS)
         self._logits_pass = BucketedPass(self._launch_logits)
         # The KV cache that the next launch writes to, and the one that graphs were recorded over.
         self._kv_cache: torch.Tensor | None = None
@@ -107,6 +111,7 @@ class GpuModel:
             tensors += [*_tensors_of(layer.w_in), *_tensors_of(layer.w_out)]
         by_storage = {tensor.untyped_storage().data_ptr(): tensor.nbytes for tensor in tensors}
         buffers = self._matmul.nbytes + self._buffers.nbytes + self._attention_workspace.nbytes
+        buffers += self._workspace.partials.nbytes + self._workspace.arrivals.nbytes
         return sum(by_storage.values()) + buffers
 
     def reserved_bytes(self, max_tokens: int, *, graphs_wanted: bool) -> int:
@@ -183,6 +188,7 @@ class GpuModel:
         self._matmul = Matmul(self._operations.dequantize_rows, [], self.device)
         self._buffers = _Buffers(self.geometry, 0, self.device)
         self._attention_workspace = self._attention_workspace.new_empty(0)
+        self._workspace = Workspace.allocate(self.device, 0, 0)
 
     # --- rows ---
 
@@ -190,7 +196,7 @@ class GpuModel:
         tokens, sequences = batch.token_ids.shape[0], batch.block_tables.shape[0]
         # One token each of any number of sequences; of more than one each, only as many as a GEMV
         # kernel takes: the attention of a row pass reads a sequence's KV for every row anew.
-        return tokens <= self.max_rows and (tokens == sequences or tokens <= GEMV_ROWS)
+        return tokens <= self.max_rows and (tokens == sequences or tokens <= MAX_ROWS)
 
     def _rows(self, batch: ForwardBatch, kv_cache: torch.Tensor) -> torch.Tensor:
         rows = batch.token_ids.shape[0]
@@ -241,7 +247,13 @@ class GpuModel:
             return
         for part in _gemv_parts(residual.shape[0]):
             self._operations.layer_norm_linear(
-                residual[part], norm_weight, norm_bias, eps, weight, out[part]
+                residual[part],
+                norm_weight,
+                norm_bias,
+                eps,
+                weight,
+                out[part],
+                workspace=self._workspace,
             )
 
     def _second_pass(
@@ -252,8 +264,16 @@ class GpuModel:
             return
         for part in _gemv_parts(residual.shape[0]):
             self._operations.gelu_linear_residual(
-                residual[part], attended[part], inner[part], weight
+                residual[part], attended[part], inner[part], weight, workspace=self._workspace
             )
+
+    def _passes(self) -> Iterator[tuple[str, Weight]]:
+        """The weight passes by the name of their kernel."""
+        for layer in self._layers:
+            yield "layer_norm_linear", layer.w_in
+            yield "gelu_linear_residual", layer.w_out
+        if self._head is not None:
+            yield "layer_norm_linear", self._head.lm_head
 
     def _view(self, bucket: int) -> RowInputs:
         if bucket not in self._views:
@@ -363,7 +383,7 @@ def _probe(geometry: BlockGeometry, bucket: int, num_blocks: int) -> ForwardBatc
 
 
 def _gemv_parts(rows: int) -> list[slice]:
-    return [slice(first, min(first + GEMV_ROWS, rows)) for first in range(0, rows, GEMV_ROWS)]
+    return [slice(first, min(first + MAX_ROWS, rows)) for first in range(0, rows, MAX_ROWS)]
 
 
 def _table_width(geometry: BlockGeometry) -> int:
@@ -372,13 +392,6 @@ def _table_width(geometry: BlockGeometry) -> int:
 
 def _is_same(one: torch.Tensor, other: torch.Tensor) -> bool:
     return one.data_ptr() == other.data_ptr() and one.shape == other.shape
-
-
-def _capability(device: torch.device) -> int:
-    if device.type != "cuda":
-        return _INTERPRETED_CAPABILITY
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
 
 
 def _check_weight(weight: Weight) -> None:

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 
 from gptjet.kernels import reference
+from gptjet.kernels.gpu.gemv_launch import Workspace
 from gptjet.kernels.weights import Int4Weight, Int8Weight, Weight
 
 
@@ -42,7 +43,7 @@ class LayerNormLinear(Protocol):
         weight: Weight,
         out: torch.Tensor,
         *,
-        workspace: torch.Tensor | None = None,
+        workspace: Workspace | None = None,
     ) -> None:
         """See the class."""
         ...
@@ -58,7 +59,7 @@ class GeluLinearResidual(Protocol):
         inner: torch.Tensor,
         weight: Weight,
         *,
-        workspace: torch.Tensor | None = None,
+        workspace: Workspace | None = None,
     ) -> None:
         """See the class."""
         ...

@@ -70,8 +70,8 @@ def workspace_elements(
     Weighted values [tokens, heads, splits, features], features being head_dim rounded up to a power
     of two, then maximum and sum [tokens, heads, splits, 2].
     """
-    parts = tokens * heads * _num_splits(table_width, tile)
-    return parts * (triton.next_power_of_2(head_dim) + 2)
+    features: int = triton.next_power_of_2(head_dim)
+    return tokens * heads * _num_splits(table_width, tile) * (features + 2)
 
 
 def _num_splits(table_width: int, tile: AttentionTile) -> int:

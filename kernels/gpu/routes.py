@@ -9,9 +9,6 @@ from pathlib import Path
 
 from gptjet.kernels.weights import DenseWeight, Int8Weight, Weight
 
-GEMV_ROWS = 8
-"""Rows that one launch of a GEMV kernel takes."""
-
 _FILE = Path(__file__).with_name("routes.toml")
 
 

@@ -126,9 +126,7 @@ class Entry:
     source: str
 
 
-def choose_tile(
-    kernel: str, capability: int, rows: int, n: int, k: int, weight_type: str
-) -> Tile:
+def choose_tile(kernel: str, capability: int, rows: int, n: int, k: int, weight_type: str) -> Tile:
     """The tile of a launch: of the table, or `default_tile`. Cheap from the second time on."""
     return _choose(Launch(kernel, capability, rows, n, k, weight_type))
 

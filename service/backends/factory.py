@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from gptjet.service.engine.backend import Backend
     from gptjet.service.engine.tokenizer import Tokenizer
 
-
-KV_CACHE_DTYPES = ("auto", "int8")
+KV_CACHE_DTYPES = ("auto", "float16", "float32", "int8")
+_CHOOSES_KV_DTYPE = ("auto", "fused")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,14 +30,13 @@ class LoadOptions:
     local_files_only  take a hub name from this machine's cache alone
     max_sequences     most sequences that may hold a KV cache at once
     kv_cache_tokens   tokens all sequences together may hold; None sizes it by free memory
+    kv_cache_dtype    one of KV_CACHE_DTYPES; "auto" is what the model computes in
     progress          draw progress bars, where stderr is a terminal
     strict_parity     refuse a fast path that differs from transformers, instead of falling back
     cpu_threads       cores that a model on the CPU keeps busy; None: see threads.choose_cpu_threads
     deterministic     what a sequence gets never depends on what else is computed with it, also
                       where the fused backend has no kernels that promise it; slow there
     cuda_graphs       replay decode steps as CUDA graphs, where the fused backend's kernels run
-    kv_cache_dtype    "auto" for what is computed in, or "int8": half the memory, of the fused
-                      backend's GPU kernels
     """
 
     model: str
@@ -47,12 +46,12 @@ class LoadOptions:
     local_files_only: bool | None = None
     max_sequences: int = 64
     kv_cache_tokens: int | None = None
+    kv_cache_dtype: str = "auto"
     progress: bool = True
     strict_parity: bool = False
     cpu_threads: int | None = None
     deterministic: bool = False
     cuda_graphs: bool = True
-    kv_cache_dtype: str = "auto"
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,12 +147,12 @@ def load_backend(
     local_files_only: bool | None = None,
     max_sequences: int = 64,
     kv_cache_tokens: int | None = None,
+    kv_cache_dtype: str = "auto",
     progress: bool = True,
     strict_parity: bool = False,
     cpu_threads: int | None = None,
     deterministic: bool = False,
     cuda_graphs: bool = True,
-    kv_cache_dtype: str = "auto",
 ) -> LoadedModel:
     """Load `model` into the backend called `name`; the arguments are those of LoadOptions.
 
@@ -169,11 +168,12 @@ def load_backend(
         raise BackendLoadError(f"kv_cache_tokens must be 1 or more, got {kv_cache_tokens}")
     if kv_cache_dtype not in KV_CACHE_DTYPES:
         raise BackendLoadError(
-            f"unknown kv_cache_dtype {kv_cache_dtype!r}: give {' or '.join(KV_CACHE_DTYPES)}"
+            f"kv_cache_dtype must be one of {', '.join(KV_CACHE_DTYPES)}, got {kv_cache_dtype!r}"
         )
-    if kv_cache_dtype != "auto" and name not in ("fused", "auto"):
+    if kv_cache_dtype != "auto" and name not in _CHOOSES_KV_DTYPE:
         raise BackendLoadError(
-            f"kv_cache_dtype {kv_cache_dtype} is for the fused backend, not for {name}"
+            f"kv_cache_dtype {kv_cache_dtype}: the {name} backend has no choice of it; "
+            f"the fused backend has"
         )
     if cpu_threads is not None and cpu_threads < 1:
         raise BackendLoadError(f"cpu_threads must be 1 or more, got {cpu_threads}")
@@ -186,11 +186,11 @@ def load_backend(
             local_files_only=local_files_only,
             max_sequences=max_sequences,
             kv_cache_tokens=kv_cache_tokens,
+            kv_cache_dtype=kv_cache_dtype,
             progress=progress,
             strict_parity=strict_parity,
             cpu_threads=cpu_threads,
             deterministic=deterministic,
             cuda_graphs=cuda_graphs,
-            kv_cache_dtype=kv_cache_dtype,
         )
     )

@@ -36,18 +36,15 @@ def test_flag_wins_over_environment_over_file_over_default(
     assert config.host == "127.0.0.1"
 
 
-def test_settings_of_the_gpu_come_from_every_source(
+def test_cuda_graphs_are_switched_by_every_source(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    assert (load_config().cuda_graphs, load_config().kv_cache_dtype) == (True, "auto")
-    file = tmp_path / "gptjet.toml"
-    file.write_text('cuda_graphs = false\nkv_cache_dtype = "int8"\n')
-    assert (load_config(file).cuda_graphs, load_config(file).kv_cache_dtype) == (False, "int8")
-    monkeypatch.setenv("GPTJET_KV_CACHE_DTYPE", "auto")
-    assert load_config(file).kv_cache_dtype == "auto"
-    assert load_config(file, cuda_graphs=True).cuda_graphs
-    with pytest.raises(ConfigError, match="--kv-cache-dtype: must be 'auto' or 'int8', got 'fp8'"):
-        load_config(kv_cache_dtype="fp8")
+    assert load_config().cuda_graphs
+    file = write(tmp_path, "cuda_graphs = false")
+    assert not load_config(file).cuda_graphs
+    monkeypatch.setenv("GPTJET_CUDA_GRAPHS", "true")
+    assert load_config(file).cuda_graphs
+    assert not load_config(file, cuda_graphs=False).cuda_graphs
 
 
 def test_flag_that_is_none_was_not_given(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,3 +160,19 @@ def test_the_engines_part_has_the_engines_defaults() -> None:
 
 def test_every_setting_is_described() -> None:
     assert all(field.description for field in ServerConfig.model_fields.values())
+
+
+def test_kv_cache_dtype_is_one_of_four_wherever_it_is_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server's names are those that a loader takes."""
+    from gptjet.service.backends.factory import KV_CACHE_DTYPES
+
+    file = write(tmp_path, 'kv_cache_dtype = "float16"\n')
+    assert load_config(file).kv_cache_dtype == "float16"
+    for name in KV_CACHE_DTYPES:
+        monkeypatch.setenv("GPTJET_KV_CACHE_DTYPE", name)
+        assert load_config(file).kv_cache_dtype == name
+    assert load_config(file, kv_cache_dtype="int8").kv_cache_dtype == "int8"
+    with pytest.raises(ConfigError, match="--kv-cache-dtype: must be 'auto', 'float16', 'float32'"):
+        load_config(kv_cache_dtype="int4")

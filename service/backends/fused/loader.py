@@ -28,7 +28,9 @@ from gptjet.service.backends.fused.model import (
     WEIGHT_TYPES,
     Computer,
     build_model,
+    check_kv_cache_dtype,
     check_weight_type,
+    choose_kv_dtype,
 )
 from gptjet.service.backends.fused.runner import ModelRunner
 from gptjet.service.backends.threads import choose_cpu_threads
@@ -125,18 +127,18 @@ def _load_and_prove(
         plan.device,
         num_threads=plan.num_threads,
         max_rows=options.max_sequences,
-        kv_cache_dtype=options.kv_cache_dtype,
     )
     num_parameters = weights.num_parameters
     del weights
     limits = _limits(options, plan, computer)
     try:
-        verdict = _prove(plan, computer, references, limits)
+        kv_dtype = choose_kv_dtype(options.kv_cache_dtype, computer)
+        verdict = _prove(plan, computer, kv_dtype, references, limits)
         if verdict.status is not ParityStatus.PASSED:
             computer.model.close()
             return verdict
         logger.info("parity with transformers passed: %s", verdict.detail)
-        runner, spec = _serve(options, plan, computer, verdict, limits)
+        runner, spec = _serve(options, plan, computer, kv_dtype, verdict, limits)
         spec = dataclasses.replace(spec, num_parameters=num_parameters)
     except BaseException:
         computer.model.close()
@@ -177,6 +179,7 @@ def _plan(options: LoadOptions, checkpoint: Checkpoint, device: torch.device) ->
         class_name = families.check_family(checkpoint).class_name
         num_parameters = 0
     geometry = families.block_geometry(checkpoint, config)
+    check_kv_cache_dtype(options.kv_cache_dtype, geometry, device)
     num_parameters = num_parameters or _count_parameters(geometry)
     needed = int(num_parameters * _BYTES[weight_type])
     free = free_bytes(device)
@@ -245,11 +248,22 @@ def _limits(options: LoadOptions, plan: _Plan, computer: Computer) -> dict[str, 
 def _prove(
     plan: _Plan,
     computer: Computer,
+    kv_dtype: torch.dtype,
     references: dict[str, list[parity.Trace]],
     limits: dict[str, int],
 ) -> ParityVerdict:
-    runner = proof.probe_runner(computer, plan.geometry, plan.device, plan.prompts, **limits)
-    verdict = proof.judge(runner, references, plan.weight_type, computer.compute_dtype)
+    def runner_with(dtype: torch.dtype) -> ModelRunner:
+        return proof.probe_runner(
+            computer, plan.geometry, plan.device, plan.prompts, kv_dtype=dtype, **limits
+        )
+
+    compute = computer.kv_dtype
+    verdict = proof.judge(runner_with(compute), references, plan.weight_type, compute)
+    if kv_dtype is not compute and verdict.status is ParityStatus.PASSED:
+        stored = proof.judge_kv_cache(runner_with(kv_dtype), references, plan.weight_type, compute)
+        verdict = dataclasses.replace(
+            verdict, status=stored.status, detail=f"{verdict.detail}; {stored.detail}"
+        )
     lengths = ", ".join(str(len(prompt)) for prompt in plan.prompts)
     return dataclasses.replace(
         verdict,
@@ -262,6 +276,7 @@ def _serve(
     options: LoadOptions,
     plan: _Plan,
     computer: Computer,
+    kv_dtype: torch.dtype,
     verdict: ParityVerdict,
     limits: dict[str, int],
 ) -> tuple[ModelRunner, BackendSpec]:
@@ -278,12 +293,12 @@ def _serve(
         )
     blocks = num_kv_blocks(
         geometry,
-        computer.kv_dtype,
+        kv_dtype,
         max_sequences=options.max_sequences,
         kv_cache_tokens=options.kv_cache_tokens,
         budget_bytes=int((free_bytes(device) - reserve) * _KV_SHARE_OF_FREE_MEMORY[device.type]),
     )
-    cache = allocate_kv_cache(geometry, blocks, dtype=computer.kv_dtype, device=device)
+    cache = allocate_kv_cache(geometry, blocks, dtype=kv_dtype, device=device)
     spec = BackendSpec(
         name="fused",
         model_name=plan.checkpoint.name,
@@ -326,7 +341,10 @@ def _fall_back(options: LoadOptions, plan: _Plan, verdict: ParityVerdict) -> Loa
     )
     is_float = plan.weight_type in ("float32", "float16", "bfloat16")
     chosen = dataclasses.replace(
-        options, device=str(plan.device), dtype=plan.weight_type if is_float else "auto"
+        options,
+        device=str(plan.device),
+        dtype=plan.weight_type if is_float else "auto",
+        kv_cache_dtype="auto",
     )
     loaded = huggingface.load(chosen)
     detail = f"asked for fused, serving huggingface: {verdict.detail}"

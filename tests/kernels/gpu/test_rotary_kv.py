@@ -117,6 +117,6 @@ def test_sizes_that_do_not_belong_together_are_refused() -> None:
             rotary_write_kv(projected, cos, sin, *index, bad, queries)
     with pytest.raises(ValueError, match="projected is"):
         rotary_write_kv(projected[:, :300], cos, sin, *index, cache, queries)
+    wide = reference.rotary_tables(64, 66)
     with pytest.raises(ValueError, match="rotary_dim is 66 and head_dim 64"):
-        wide = reference.rotary_tables(64, 66)
         rotary_write_kv(projected, *wide, *index, cache, queries)

@@ -20,7 +20,6 @@ from gptjet.kernels.gpu.operations import reference_operations
 from gptjet.service.backends.factory import load_backend
 from gptjet.service.backends.fused import gpu
 from gptjet.service.engine.backend import ParityStatus
-from gptjet.service.engine.errors import BackendLoadError
 from gptjet.service.models.fused.forward import TorchModel
 
 
@@ -45,9 +44,9 @@ def test_gpu_model_passes_parity_with_every_weight_and_kv_type(
     backend = load_fused(make_gptj_checkpoint(), dtype=dtype, kv_cache_dtype=kv_cache_dtype).backend
     assert isinstance(backend.runner.model, GpuModel)
     assert backend.spec.parity.status is ParityStatus.PASSED
-    name = "INT8" if kv_cache_dtype == "int8" else "FP16"
-    assert f"PyTorch references, {name} KV cache" in backend.spec.parity.detail
-    assert backend.runner.kv_cache.dtype is (torch.int8 if name == "INT8" else torch.float16)
+    assert "; PyTorch references; " in backend.spec.parity.detail
+    kv_dtype = torch.int8 if kv_cache_dtype == "int8" else torch.float16
+    assert backend.runner.kv_cache.dtype is kv_dtype
     backend.warm_up()
 
 
@@ -94,8 +93,6 @@ def test_kernels_that_do_not_run_leave_the_work_to_pytorch_and_say_why(
     assert isinstance(backend.runner.model, TorchModel)
     assert "PyTorch computes instead of the GPU kernels: the kernels cannot" in caplog.text
     assert "GPU kernels cannot be used (the kernels cannot be built" in backend.spec.parity.detail
-    with pytest.raises(BackendLoadError, match=r"kv_cache_dtype int8 needs the GPU kernels.*gcc|C"):
-        load_fused(make_gptj_checkpoint(), kv_cache_dtype="int8")
 
 
 @pytest.mark.parametrize(
@@ -109,30 +106,6 @@ def test_cards_and_weights_that_the_kernels_are_not_for_are_named(
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a card")
     with pytest.raises(KernelsUnavailableError, match=reason):
         gpu.load_operations("float16" if capability < (7, 0) else "bfloat16", torch.device("cuda"))
-
-
-def test_int8_kv_cache_is_refused_where_nothing_computes_it(
-    make_gptj_checkpoint: Callable[..., Path],
-) -> None:
-    folder = str(make_gptj_checkpoint())
-    for backend, reason in [
-        ("fused", "needs the GPU kernels of the fused backend: a CPU has others"),
-        ("auto", "needs the GPU kernels of the fused backend: a CPU has others"),
-        ("huggingface", "is for the fused backend, not for huggingface"),
-    ]:
-        with pytest.raises(BackendLoadError, match=f"kv_cache_dtype int8 {reason}"):
-            load_backend(backend, folder, device="cpu", kv_cache_dtype="int8")
-    with pytest.raises(BackendLoadError, match="unknown kv_cache_dtype 'fp8': give auto or int8"):
-        load_backend("fused", folder, device="cpu", kv_cache_dtype="fp8")
-
-
-@pytest.mark.usefixtures("on_cpu")
-def test_heads_too_small_for_int8_kv_are_refused_with_the_limit(
-    make_gptj_checkpoint: Callable[..., Path],
-) -> None:
-    folder = str(make_gptj_checkpoint(head_dim=32))
-    with pytest.raises(BackendLoadError, match="needs heads of 64 features or more"):
-        load_backend("fused", folder, device="cpu", kv_cache_dtype="int8")
 
 
 @pytest.mark.usefixtures("on_cpu")
