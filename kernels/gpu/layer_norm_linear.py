@@ -225,7 +225,8 @@ def _check(
             raise ValueError(f"{name} must be float32 [{k}], not {described(vector)}")
     if out.dtype not in _OUT_DTYPES or out.shape != (x.shape[0], n) or out.stride(1) != 1:
         raise ValueError(
-            f"out must be float16 or float32 [{x.shape[0]}, {n}], outputs together, not {described(out)}"
+            f"out must be float16 or float32 [{x.shape[0]}, {n}], outputs together, not "
+            f"{described(out)}"
         )
 
 
