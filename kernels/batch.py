@@ -98,17 +98,28 @@ class SamplingBatch:
 
     sources        [T] int32, the row of the pass before whose sampled id this row computes, so that
                    the host need not know it yet; -1 where ForwardBatch.token_ids has it
-    temperature    [T] float32, 0 for the likeliest token
-    top_k          [T] int32, 0 for every token
-    top_p          [T] float32, 1 for every token
-    seed           [T] uint64, stream_index [T] int32, draw_position [T] int32: the random stream,
-                   the sequence's index in its request, and tokens that it has drawn so far
+    temperature    [T] float64, 0 for the likeliest token
+    top_k          [T] int64, 0 for every token; so are 1 of top_p and 0 of min_p, [T] float64
+    seed           [T] uint64, index [T] and position [T] int64: the random stream, the sequence's
+                   index in its request, and tokens that it has generated so far
     """
 
     sources: NDArray[np.int32]
-    temperature: NDArray[np.float32]
-    top_k: NDArray[np.int32]
-    top_p: NDArray[np.float32]
+    temperature: NDArray[np.float64]
+    top_k: NDArray[np.int64]
+    top_p: NDArray[np.float64]
+    min_p: NDArray[np.float64]
     seed: NDArray[np.uint64]
-    stream_index: NDArray[np.int32]
-    draw_position: NDArray[np.int32]
+    index: NDArray[np.int64]
+    position: NDArray[np.int64]
+
+    @property
+    def draws(self) -> bool:
+        """Whether any row is not simply its likeliest token."""
+        return bool((self.temperature > 0).any())
+
+    @property
+    def filters(self) -> bool:
+        """Whether any row that draws has a top_k or top_p."""
+        cut = (self.top_k > 0) | (self.top_p < 1)
+        return bool((cut & (self.temperature > 0)).any())

@@ -1,13 +1,11 @@
 """Where the row pass reads its indices: buffers that live as long as the model, filled by one copy.
 
 A CUDA graph replays addresses, so everything that changes from step to step must be in memory that
-does not move. All of it is one int32 buffer, so a step costs one transfer; floats are in it by
-their bits.
+does not move. All of it is one buffer, so a step costs one transfer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -22,21 +20,16 @@ if TYPE_CHECKING:
 PADDING = -1
 """Position of a row that is none: kernels write no KV for it."""
 
-# One array each of `max_rows` words, in this order, before the block tables.
-_FIELDS = (
-    "token_ids",
-    "sources",
-    "positions",
-    "sequence_index",
-    "temperature",
-    "top_k",
-    "top_p",
-    "seed_low",
-    "seed_high",
-    "stream_index",
-    "draw_position",
-)
-_FLOATS = ("temperature", "top_p")
+# One array each of `max_rows` words, in this order; then the sampling parameters, 8 bytes each, a
+# row after the other; then the block tables.
+_FIELDS = ("token_ids", "sources", "positions", "sequence_index")
+# As sampling.SamplingParameters.packed has them.
+_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "seed", "index", "position")
+_GREEDY = {"top_p": 1.0}
+_SAMPLING_WORDS = 2 * len(_SAMPLING)
+_BEFORE_TABLES = len(_FIELDS) + _SAMPLING_WORDS
+# Rows are counted in fours, so that every array begins at a multiple of 16 bytes.
+_ROWS_TOGETHER = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,22 +41,14 @@ class RowInputs:
     positions       [T] int32, PADDING in rows that are none
     sequence_index  [T] int32
     block_tables    [T, W] int32
-    temperature, top_p  [T] float32; top_k [T] int32: 0 and 1.0 leave a filter out, temperature 0 is
-                    greedy
-    seed_low, seed_high, stream_index, draw_position  [T] int32, words of the random stream
+    sampling        [T, 7] int64, SamplingParameters.packed
     """
 
     token_ids: torch.Tensor
     sources: torch.Tensor
     positions: torch.Tensor
     sequence_index: torch.Tensor
-    temperature: torch.Tensor
-    top_k: torch.Tensor
-    top_p: torch.Tensor
-    seed_low: torch.Tensor
-    seed_high: torch.Tensor
-    stream_index: torch.Tensor
-    draw_position: torch.Tensor
+    sampling: torch.Tensor
     block_tables: torch.Tensor
 
 
@@ -143,11 +128,12 @@ class RowBuffers:
     def __init__(
         self, max_rows: int, table_width: int, device: torch.device, transfers: Transfers
     ) -> None:
-        self._max_rows, self._width = max_rows, table_width
-        words = max_rows * (len(_FIELDS) + table_width)
+        rows = -(-max_rows // _ROWS_TOGETHER) * _ROWS_TOGETHER
+        self._max_rows, self._width = rows, table_width
+        words = rows * (_BEFORE_TABLES + table_width)
         self._transfers = transfers
         self._device = torch.zeros(words, dtype=torch.int32, device=device)
-        self._hosts = [_Host(transfers.host_buffer(words), max_rows, table_width) for _ in "ab"]
+        self._hosts = [_Host(transfers.host_buffer(words), rows, table_width) for _ in "ab"]
         self._turn = 0
 
     def views(self, bucket: int) -> RowInputs:
@@ -157,11 +143,11 @@ class RowBuffers:
             name: self._device[index * rows : index * rows + bucket]
             for index, name in enumerate(_FIELDS)
         }
-        for name in _FLOATS:
-            arrays[name] = arrays[name].view(torch.float32)
-        first = len(_FIELDS) * rows
+        first, last = len(_FIELDS) * rows, _BEFORE_TABLES * rows
+        packed = self._device[first:last].view(torch.int64).view(rows, len(_SAMPLING))
+        first = last
         tables = self._device[first : first + bucket * self._width].view(bucket, self._width)
-        return RowInputs(**arrays, block_tables=tables)
+        return RowInputs(**arrays, sampling=packed[:bucket], block_tables=tables)
 
     def fill(self, batch: ForwardBatch, bucket: int, sampling: SamplingBatch | None = None) -> None:
         """Send the rows of a batch, and PADDING up to `bucket` rows, in one copy.
@@ -173,7 +159,7 @@ class RowBuffers:
         if host.transfer is not None:
             host.transfer.wait()
         host.write(batch, bucket, sampling)
-        words = len(_FIELDS) * self._max_rows + bucket * self._width
+        words = _BEFORE_TABLES * self._max_rows + bucket * self._width
         host.transfer = self._transfers.start(self._device[:words], host.words[:words])
 
 
@@ -184,12 +170,17 @@ class _Host:
         self.words = words
         self.transfer: Transfer | None = None
         array = words.numpy()
-        fields: dict[str, NDArray[np.generic]] = {}
-        for index, name in enumerate(_FIELDS):
-            field = array[index * max_rows : (index + 1) * max_rows]
-            fields[name] = field.view(np.float32) if name in _FLOATS else field
-        self._fields = fields
-        self._tables = array[len(_FIELDS) * max_rows :].reshape(max_rows, table_width)
+        self._fields = {
+            name: array[index * max_rows : (index + 1) * max_rows]
+            for index, name in enumerate(_FIELDS)
+        }
+        first, last = len(_FIELDS) * max_rows, _BEFORE_TABLES * max_rows
+        packed = array[first:last].view(np.int64).reshape(max_rows, len(_SAMPLING))
+        self._sampling = dict(zip(_SAMPLING, packed.T, strict=True))
+        for name in ("temperature", "top_p", "min_p"):
+            self._sampling[name] = self._sampling[name].view(np.float64)
+        self._sampling["seed"] = self._sampling["seed"].view(np.uint64)
+        self._tables = array[last:].reshape(max_rows, table_width)
 
     def write(self, batch: ForwardBatch, bucket: int, sampling: SamplingBatch | None) -> None:
         rows = batch.token_ids.shape[0]
@@ -200,29 +191,56 @@ class _Host:
         # The tables of padding rows stay as they are: nothing reads them.
         self._tables[:sequences, :width] = batch.block_tables.numpy()
         if sampling is None:
-            self._put("sources", -1, rows, bucket, -1)
-            self._put("temperature", 0.0, rows, bucket, 0.0)
+            self._fields["sources"][:bucket] = -1
+            self._sampling["temperature"][:bucket] = 0.0
             return
         self._put("sources", sampling.sources, rows, bucket, -1)
-        for name, value, padding in _sampling_fields(sampling):
-            self._put(name, value, rows, bucket, padding)
+        for name, field in self._sampling.items():
+            field[:rows] = getattr(sampling, name)
+            field[rows:bucket] = _GREEDY.get(name, 0)
 
     def _put(
-        self, name: str, value: NDArray[np.generic] | float, rows: int, bucket: int, padding: float
+        self, name: str, value: NDArray[np.int32], rows: int, bucket: int, padding: int
     ) -> None:
         field = self._fields[name]
         field[:rows] = value
         field[rows:bucket] = padding
 
 
-def _sampling_fields(
-    sampling: SamplingBatch,
-) -> Iterable[tuple[str, NDArray[np.generic], float]]:
-    seed = sampling.seed
-    yield "temperature", sampling.temperature, 0.0
-    yield "top_k", sampling.top_k, 0
-    yield "top_p", sampling.top_p, 1.0
-    yield "seed_low", (seed & np.uint64(0xFFFFFFFF)).astype(np.uint32).view(np.int32), 0
-    yield "seed_high", (seed >> np.uint64(32)).astype(np.uint32).view(np.int32), 0
-    yield "stream_index", sampling.stream_index, 0
-    yield "draw_position", sampling.draw_position, 0
+class IdReader:
+    """Brings sampled ids to the host, without waiting, into two buffers that take turns."""
+
+    def __init__(self, max_rows: int, transfers: Transfers) -> None:
+        self._transfers = transfers
+        self._hosts = [transfers.host_buffer(max_rows) for _ in "ab"]
+        self._count = 0
+
+    def start(self, ids: torch.Tensor) -> SampledIds:
+        """Begin to copy ids [T] int32 of the device.
+
+        The one after the next reuses the buffer: read this one before.
+        """
+        host = self._hosts[self._count % 2][: ids.shape[0]]
+        self._count += 1
+        return SampledIds(self, self._count, host, self._transfers.start(host, ids))
+
+    def is_current(self, number: int) -> bool:
+        """Whether the buffer of the `number`-th copy still belongs to it."""
+        return number > self._count - 2
+
+
+class SampledIds:
+    """Ids on their way to the host; for as long as no two others were started after them."""
+
+    def __init__(
+        self, reader: IdReader, number: int, host: torch.Tensor, transfer: Transfer
+    ) -> None:
+        self._reader, self._number, self._host, self._transfer = reader, number, host, transfer
+
+    def wait(self) -> list[int]:
+        """The ids [T]; -1 of a row whose logits were not usable. Raises RuntimeError too late."""
+        if not self._reader.is_current(self._number):
+            raise RuntimeError("two later steps have been launched: these ids are overwritten")
+        self._transfer.wait()
+        result: list[int] = self._host.tolist()
+        return result

@@ -33,6 +33,7 @@ MODULES: tuple[str, ...] = (
     "layer_norm_linear",
     "paged_attention",
     "rotary_kv",
+    "sampling",
 )
 """Modules of this package with `compile_cases`; a test compares the list with the folder."""
 

@@ -106,10 +106,10 @@ class BucketedPass:
         """Launch every bucket from now on; gives the graphs' memory back."""
         self._replays.clear()
 
-    def run(self, bucket: int) -> None:
-        """Do the pass; returns before the device has."""
-        replay = self._replays.get(bucket)
-        if replay is None:
+    def run(self, bucket: int, *, replay: bool = True) -> None:
+        """Do the pass; returns before the device has. `replay=False` launches it in any case."""
+        recorded = self._replays.get(bucket) if replay else None
+        if recorded is None:
             self._launch(bucket)
         else:
-            replay()
+            recorded()

@@ -12,9 +12,10 @@ The residual stream is float32, everything else float16; kernels compute in floa
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -23,7 +24,15 @@ import torch
 from gptjet.kernels import reference
 from gptjet.kernels.batch import BLOCK_SIZE, ForwardBatch
 from gptjet.kernels.gpu import graphs
-from gptjet.kernels.gpu.buffers import CpuTransfers, CudaTransfers, RowBuffers, RowInputs, Transfers
+from gptjet.kernels.gpu.buffers import (
+    CpuTransfers,
+    CudaTransfers,
+    IdReader,
+    RowBuffers,
+    RowInputs,
+    SampledIds,
+    Transfers,
+)
 from gptjet.kernels.gpu.gemv_launch import MAX_ROWS, Workspace, align_rows, capability_of
 from gptjet.kernels.gpu.graphs import BucketedPass, CaptureError, Recorder, bucket_for, row_buckets
 from gptjet.kernels.gpu.matmul import Matmul
@@ -32,9 +41,12 @@ from gptjet.kernels.gpu.routes import max_gemv_rows
 from gptjet.kernels.weights import DenseWeight, Int8Weight
 
 if TYPE_CHECKING:
-    from gptjet.kernels.batch import BlockGeometry
+    from gptjet.kernels.batch import BlockGeometry, SamplingBatch
     from gptjet.kernels.gpu.operations import Operations
     from gptjet.kernels.weights import HeadWeights, LayerWeights, Weight
+
+# (draws, filters) of a step: each is a graph of its own, of the launches that it needs.
+_SAMPLING_KINDS = ((False, False), (True, False), (True, True))
 
 
 class GpuModel:
@@ -94,7 +106,15 @@ class GpuModel:
             device=self.device,
         )
         self._workspace = Workspace.for_weights(self.device, self._passes(), MAX_ROWS)
+        self._sampling_memory = operations.sampling_memory(
+            self.max_rows, geometry.vocab_size, self.device
+        )
+        self._ids = IdReader(self.max_rows, transfers)
         self._logits_pass = BucketedPass(self._launch_logits)
+        self._sampling_passes = {
+            kind: BucketedPass(functools.partial(self._launch_sampling, kind))
+            for kind in _SAMPLING_KINDS
+        }
         # The KV cache that the next launch writes to, and the one that graphs were recorded over.
         self._kv_cache: torch.Tensor | None = None
         self._recorded_cache: torch.Tensor | None = None
@@ -111,6 +131,7 @@ class GpuModel:
             tensors += [*_tensors_of(layer.w_in), *_tensors_of(layer.w_out)]
         by_storage = {tensor.untyped_storage().data_ptr(): tensor.nbytes for tensor in tensors}
         buffers = self._matmul.nbytes + self._buffers.nbytes + self._attention_workspace.nbytes
+        buffers += _nbytes(self._sampling_memory)
         buffers += self._workspace.partials.nbytes + self._workspace.arrivals.nbytes
         return sum(by_storage.values()) + buffers
 
@@ -123,7 +144,9 @@ class GpuModel:
         per_token = 2 * (3 * width + sizes.inner_size) + 2 * 2 * (width + sizes.inner_size)
         per_token += (3 * 4 + 2 * 2) * sizes.hidden_size + 2 * width
         gathered = 2 * 2 * 2 * width * sizes.max_context
-        recorded = graphs.reserved_bytes(len(self.buckets)) if graphs_wanted else 0
+        # The pass of each bucket, and its sampling, in three kinds of some launches each.
+        num_graphs = 2 * len(self.buckets)
+        recorded = graphs.reserved_bytes(num_graphs) if graphs_wanted else 0
         return per_token * max_tokens + gathered + recorded
 
     @torch.no_grad()
@@ -144,6 +167,27 @@ class GpuModel:
             if np.array_equal(wanted.numpy(), np.arange(logits.shape[0])):
                 return logits.clone()
             return logits[wanted.to(self.device).long()]
+
+    @torch.no_grad()
+    def forward_and_sample(
+        self, batch: ForwardBatch, sampling: SamplingBatch, kv_cache: torch.Tensor
+    ) -> SampledIds:
+        """Compute one token of each sequence and choose the next, all on the device.
+
+        Returns once everything is launched: the next step may be, with `sampling.sources` naming
+        rows of this one, before these ids are read. At most `max_rows` rows. Raises ValueError for
+        more, and once closed.
+        """
+        if self._head is None:
+            raise ValueError("the model is closed")
+        rows = batch.token_ids.shape[0]
+        bucket = bucket_for(rows, self.buckets)
+        with self._on_device():
+            self._inputs.fill(batch, bucket, sampling)
+            self._run(self._logits_pass, bucket, kv_cache)
+            kind = (sampling.draws, sampling.filters)
+            self._run(self._sampling_passes[kind], bucket, kv_cache)
+            return self._ids.start(self._buffers.sampled[:rows])
 
     def capture(
         self,
@@ -175,7 +219,8 @@ class GpuModel:
 
     def forget_graphs(self) -> None:
         """Launch every pass from now on."""
-        self._logits_pass.forget()
+        for steps in (self._logits_pass, *self._sampling_passes.values()):
+            steps.forget()
         self._recorded_cache = None
 
     def close(self) -> None:
@@ -189,6 +234,7 @@ class GpuModel:
         self._buffers = _Buffers(self.geometry, 0, self.device)
         self._attention_workspace = self._attention_workspace.new_empty(0)
         self._workspace = Workspace.allocate(self.device, 0, 0)
+        self._sampling_memory = None
 
     # --- rows ---
 
@@ -202,15 +248,13 @@ class GpuModel:
         rows = batch.token_ids.shape[0]
         bucket = bucket_for(rows, self.buckets)
         self._inputs.fill(batch, bucket)
-        self._run_logits(bucket, kv_cache)
+        self._run(self._logits_pass, bucket, kv_cache)
         return self._buffers.logits[:rows]
 
-    def _run_logits(self, bucket: int, kv_cache: torch.Tensor) -> None:
+    def _run(self, steps: BucketedPass, bucket: int, kv_cache: torch.Tensor) -> None:
         self._kv_cache = kv_cache
-        if self._recorded_cache is None or _is_same(self._recorded_cache, kv_cache):
-            self._logits_pass.run(bucket)
-        else:
-            self._launch_logits(bucket)
+        is_recorded = self._recorded_cache is not None and _is_same(self._recorded_cache, kv_cache)
+        steps.run(bucket, replay=is_recorded)
 
     def _launch_logits(self, bucket: int) -> None:
         """Launch everything from the tokens of the first `bucket` rows to their logits."""
@@ -232,6 +276,18 @@ class GpuModel:
             self._second_pass(residual, attended, inner, layer.w_out)
         logits = buffers.logits[:bucket]
         self._first_pass(residual, head.norm_weight, head.norm_bias, head.lm_head, logits)
+
+    def _launch_sampling(self, kind: tuple[bool, bool], bucket: int) -> None:
+        """Launch the choice of an id from the logits of the first `bucket` rows."""
+        draws, filters = kind
+        self._operations.sample(
+            self._buffers.logits[:bucket],
+            self._view(bucket).sampling,
+            self._buffers.sampled[:bucket],
+            draws=draws,
+            filters=filters,
+            workspace=self._sampling_memory,
+        )
 
     def _first_pass(
         self,
@@ -294,6 +350,13 @@ class GpuModel:
             self._logits_pass.run(bucket)
             if not torch.equal(self._buffers.logits[:bucket], launched):
                 raise CaptureError(f"the graph of {bucket} rows does not replay what was launched")
+            likeliest = self._buffers.logits[:bucket].argmax(1)
+            for steps in self._sampling_passes.values():
+                steps.record(bucket, recorder)
+                self._buffers.sampled.fill_(-2)
+                steps.run(bucket)  # every row of the probe is greedy
+                if not torch.equal(self._buffers.sampled[:bucket].long(), likeliest):
+                    raise CaptureError(f"the graph that samples {bucket} rows chose other ids")
 
     def _on_device(self) -> AbstractContextManager[object]:
         return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
@@ -388,6 +451,13 @@ def _gemv_parts(rows: int) -> list[slice]:
 
 def _table_width(geometry: BlockGeometry) -> int:
     return -(-geometry.max_context // BLOCK_SIZE)
+
+
+def _nbytes(memory: object) -> int:
+    """Of the tensors of a dataclass; 0 of None."""
+    if memory is None:
+        return 0
+    return sum(getattr(memory, entry.name).nbytes for entry in fields(memory))  # type: ignore[arg-type]
 
 
 def _is_same(one: torch.Tensor, other: torch.Tensor) -> bool:

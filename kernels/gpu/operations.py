@@ -121,6 +121,31 @@ class AttentionWorkspace(Protocol):
         ...
 
 
+class Sample(Protocol):
+    """See sampling.sample; `sampling` [T, 7] int64 is SamplingParameters.packed."""
+
+    def __call__(
+        self,
+        logits: torch.Tensor,
+        sampling: torch.Tensor,
+        out: torch.Tensor,
+        *,
+        draws: bool,
+        filters: bool,
+        workspace: Any,
+    ) -> None:
+        """See the class."""
+        ...
+
+
+class SamplingMemory(Protocol):
+    """What `sample` works in, for so many rows of so many logits."""
+
+    def __call__(self, rows: int, vocab_size: int, device: torch.device) -> Any:
+        """See the class."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Operations:
     """What one row pass and one prefill are made of. `name` is for people."""
@@ -133,6 +158,8 @@ class Operations:
     paged_attention: PagedAttention
     attention_workspace: AttentionWorkspace
     dequantize_rows: DequantizeRows
+    sample: Sample
+    sampling_memory: SamplingMemory
 
 
 def triton_operations() -> Operations:
@@ -145,6 +172,12 @@ def triton_operations() -> Operations:
     from gptjet.kernels.gpu.gelu_linear_residual import gelu_linear_residual
     from gptjet.kernels.gpu.layer_norm_linear import layer_norm_linear
     from gptjet.kernels.gpu.rotary_kv import rotary_write_kv
+    from gptjet.kernels.gpu.sampling import SamplingParameters, SamplingWorkspace, sample
+
+    def sample_packed(
+        logits: torch.Tensor, sampling: torch.Tensor, out: torch.Tensor, **options: Any
+    ) -> None:
+        sample(logits, SamplingParameters(sampling), out, **options)
 
     def workspace(rows: int, heads: int, head_dim: int, table_width: int, capability: int) -> int:
         return max(
@@ -167,12 +200,17 @@ def triton_operations() -> Operations:
         attention.paged_attention,
         workspace,
         dequantize_rows,
+        sample_packed,
+        SamplingWorkspace.allocate,
     )
 
 
-def reference_operations() -> Operations:
+def reference_operations(sample: Sample | None = None) -> Operations:
     """`reference`'s functions behind the kernels' signatures, on any device. For tests: they
-    allocate, and wait for the device."""
+    allocate, and wait for the device.
+
+    sample  the engine's own sampler, say; None: every row gets its likeliest token
+    """
     return Operations(
         "PyTorch references",
         _embed,
@@ -182,6 +220,8 @@ def reference_operations() -> Operations:
         _paged_attention,
         lambda *_: 0,
         reference.dequantize_rows,
+        sample or _likeliest,
+        lambda *_: None,
     )
 
 
@@ -194,6 +234,11 @@ def _embed(
 ) -> None:
     ids = torch.where(sources >= 0, sampled[sources.clamp_min(0).long()], token_ids)
     residual.copy_(embedding[ids.clamp_min(0).long()])
+
+
+def _likeliest(logits: torch.Tensor, _: torch.Tensor, out: torch.Tensor, **__: Any) -> None:
+    usable = logits.amax(1).isfinite()
+    out.copy_(torch.where(usable, logits.argmax(1), -1))
 
 
 def _layer_norm_linear(

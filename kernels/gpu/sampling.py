@@ -78,7 +78,9 @@ class SamplingParameters:
     ) -> SamplingParameters:
         """Every row greedy."""
         parameters = cls(
-            torch.zeros(rows, _FIELDS.value, dtype=torch.int64, device=device, pin_memory=pin_memory)
+            torch.zeros(
+                rows, _FIELDS.value, dtype=torch.int64, device=device, pin_memory=pin_memory
+            )
         )
         parameters.top_p.fill_(1.0)
         return parameters

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from gptjet.kernels.batch import SamplingBatch
-from gptjet.kernels.gpu.buffers import PADDING, CpuTransfers, RowBuffers
+from gptjet.kernels.gpu.buffers import PADDING, CpuTransfers, IdReader, RowBuffers
 from gptjet.kernels.gpu.graphs import BucketedPass, CaptureError, bucket_for, row_buckets
 from gptjet.kernels.gpu.model import GpuModel
 from gptjet.kernels.gpu.operations import reference_operations
@@ -75,7 +75,7 @@ def test_buffers_are_filled_by_one_copy_and_do_not_move(small: ModuleType) -> No
     (transfer,) = transfers.started
     transfer.wait()
     after = buffers.views(4)
-    for name in ("token_ids", "positions", "block_tables", "temperature"):
+    for name in ("token_ids", "positions", "block_tables", "sampling"):
         assert getattr(before, name).data_ptr() == getattr(after, name).data_ptr()
     assert after.token_ids.tolist() == [7, 8, 9, 0]
     assert after.positions.tolist() == [3, 20, 0, PADDING]
@@ -100,30 +100,46 @@ def test_host_does_not_overwrite_what_is_still_being_copied(small: ModuleType) -
             assert (view.token_ids.item(), view.positions.item()) == (step - 1, step - 1)
 
 
-def test_sampling_words_survive_the_trip(small: ModuleType) -> None:
-    buffers = RowBuffers(4, 5, torch.device("cpu"), CpuTransfers())
+def test_sampling_parameters_arrive_as_the_kernel_reads_them(small: ModuleType) -> None:
+    from gptjet.kernels.gpu.sampling import SamplingParameters
+
+    buffers = RowBuffers(6, 5, torch.device("cpu"), CpuTransfers())
     seed = 0xFEDCBA9876543210
     sampling = SamplingBatch(
         sources=np.array([1, -1], np.int32),
-        temperature=np.array([0.7, 0.0], np.float32),
-        top_k=np.array([5, 0], np.int32),
-        top_p=np.array([0.9, 1.0], np.float32),
+        temperature=np.array([0.7, 0.0]),
+        top_k=np.array([5, 0]),
+        top_p=np.array([0.9, 1.0]),
+        min_p=np.array([0.1, 0.0]),
         seed=np.array([seed, 3], np.uint64),
-        stream_index=np.array([2, 0], np.int32),
-        draw_position=np.array([11, 12], np.int32),
+        index=np.array([2, 0]),
+        position=np.array([11, 12]),
     )
     buffers.fill(small.batch_of([([7], 3, [2]), ([8], 4, [3])]), 4, sampling)
     view = buffers.views(4)
     assert view.sources.tolist() == [1, -1, -1, -1]
-    assert view.temperature.tolist() == pytest.approx([0.7, 0, 0, 0])
-    assert view.top_p.tolist() == pytest.approx([0.9, 1, 1, 1])
-    words = [part.view(torch.uint32).tolist() for part in (view.seed_low, view.seed_high)]
-    assert [low | high << 32 for low, high in zip(*words, strict=True)][:2] == [seed, 3]
-    assert view.stream_index.tolist() == [2, 0, 0, 0]
-    assert view.draw_position.tolist() == [11, 12, 0, 0]
+    assert view.sampling.data_ptr() % 16 == view.block_tables.data_ptr() % 16 == 0
+    found = SamplingParameters(view.sampling)
+    expected = SamplingParameters.allocate(4)
+    expected.set_row(
+        0, temperature=0.7, top_k=5, top_p=0.9, min_p=0.1, seed=seed, index=2, position=11
+    )
+    expected.set_row(1, temperature=0.0, seed=3, position=12)
+    assert torch.equal(found.packed, expected.packed)
     # A step without sampling leaves no source of the step before behind.
     buffers.fill(small.batch_of([([7], 3, [2])]), 4)
     assert view.sources.tolist() == [-1] * 4
+    assert found.temperature.tolist() == [0.0] * 4
+
+
+def test_ids_are_read_before_their_buffer_is_used_again() -> None:
+    reader = IdReader(4, CpuTransfers())
+    first, second = (reader.start(torch.tensor(ids, dtype=torch.int32)) for ids in ([1, 2], [3]))
+    assert first.wait() == [1, 2]
+    third = reader.start(torch.tensor([4, -1], dtype=torch.int32))
+    assert (second.wait(), third.wait()) == ([3], [4, -1])
+    with pytest.raises(RuntimeError, match="two later steps have been launched"):
+        first.wait()
 
 
 @pytest.fixture
@@ -150,6 +166,7 @@ def test_recorded_passes_compute_what_launched_ones_do(
     assert recorded.recorded_buckets == (1, 2, 4, 8, 12)
     caches[1].fill_(torch.nan)
     replays = recorder.num_replays
+    assert replays == 5 * 4  # each was held to what is launched; three kinds of sampling
     for position in range(20):
         for rows in (1, 3, 12):
             batch = decode_batch(small, rows, position)
@@ -172,7 +189,7 @@ def test_another_kv_cache_is_never_given_to_a_graph(
     assert other[:, :, :2, :, 0].isfinite().all()
 
 
-@pytest.mark.parametrize("failing", [1, 3])
+@pytest.mark.parametrize("failing", [1, 3, 7])
 def test_pass_that_cannot_be_recorded_is_launched(
     failing: int, small: ModuleType, make_model: Callable[..., GpuModel]
 ) -> None:
