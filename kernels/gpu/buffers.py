@@ -106,7 +106,7 @@ class CudaTransfers:
     def start(self, target: torch.Tensor, source: torch.Tensor) -> Transfer:
         """See Transfers."""
         target.copy_(source, non_blocking=True)
-        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event = torch.cuda.Event()
         event.record(torch.cuda.current_stream(self._device))
         return _CudaTransfer(event)
 

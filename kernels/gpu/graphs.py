@@ -38,7 +38,7 @@ class CudaRecorder:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._pool = torch.cuda.graph_pool_handle()
-        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._stream = torch.cuda.Stream(device)
 
     def record(self, launch: Launch) -> Launch:
         """See Recorder. The first run compiles, loads modules and grows buffers: all of which a

@@ -5,12 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable, Generator
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
-from gptjet.kernels.batch import BLOCK_SIZE
+from gptjet.kernels.batch import BLOCK_SIZE, SamplingBatch
 from gptjet.service.backends.fused.runner import ModelRunner, Segment
 from gptjet.service.backends.fused.scoring import score
-from gptjet.service.engine.backend import BackendSpec, PrefillResult, ScheduledBatch, ScoreJob
+from gptjet.service.engine.backend import (
+    BackendSpec,
+    PrefillResult,
+    SampledBatch,
+    SampledTokenIds,
+    ScheduledBatch,
+    ScoreJob,
+)
 
 if TYPE_CHECKING:
     from gptjet.service.engine.sequence import Sequence
@@ -101,6 +109,24 @@ class FusedBackend:
             start = sequence.num_tokens - 1
             segments.append(Segment(token_ids, start, sequence.block_table, wanted=len(token_ids)))
         return _owned(self._runner.run(segments))
+
+    def decode_and_sample(self, batch: SampledBatch) -> SampledTokenIds:
+        """See SamplingBackend; where `spec.samples_on_device`."""
+        self._runner.copy_blocks(batch.block_copies)
+        states = [sequence.sampling_state for sequence in batch.sequences]
+        params = [state.params for state in states]
+        sampling = SamplingBatch(
+            sources=np.array(batch.sources, np.int32),
+            temperature=np.array([p.temperature for p in params], np.float64),
+            top_k=np.array([p.top_k for p in params], np.int64),
+            top_p=np.array([p.top_p for p in params], np.float64),
+            min_p=np.array([p.min_p for p in params], np.float64),
+            seed=np.array([state.seed for state in states], np.uint64),
+            index=np.array([state.index for state in states], np.int64),
+            position=np.array(batch.draw_positions, np.int64),
+        )
+        tables = [sequence.block_table for sequence in batch.sequences]
+        return self._runner.decode_and_sample(batch.token_ids, batch.positions, tables, sampling)
 
     def score(self, job: ScoreJob) -> Generator[None, None, tuple[torch.Tensor, ...]]:
         """See Backend; `job.block_table` must hold the blocks that ScoreJob describes."""

@@ -315,6 +315,8 @@ def _serve(
         paged=True,
         max_prefill_tokens=max_prefill_tokens,
         max_draft_tokens=_MAX_DRAFT_TOKENS,
+        # One segment a pass is for the sake of determinism: then a step is many passes.
+        samples_on_device=isinstance(computer.model, GpuModel) and not options.deterministic,
         eos_token_ids=eos_token_ids(
             plan.config, plan.checkpoint.generation_config, geometry.vocab_size
         ),

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-
-import torch
+from typing import TYPE_CHECKING
 
 from gptjet.kernels.weights import DenseWeight, HeadWeights, Int8Weight, LayerWeights, Weight
+
+if TYPE_CHECKING:
+    import torch
 
 
 def layers_to(
