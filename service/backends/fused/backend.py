@@ -118,7 +118,7 @@ class FusedBackend:
         sampling = SamplingBatch(
             sources=np.array(batch.sources, np.int32),
             temperature=np.array([p.temperature for p in params], np.float64),
-            top_k=np.array([p.top_k for p in params], np.int64),
+            top_k=np.array([min(p.top_k, self._spec.vocab_size) for p in params], np.int64),
             top_p=np.array([p.top_p for p in params], np.float64),
             min_p=np.array([p.min_p for p in params], np.float64),
             seed=np.array([state.seed for state in states], np.uint64),

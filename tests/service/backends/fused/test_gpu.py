@@ -5,6 +5,7 @@ Here the model runs on a CPU over PyTorch references; its kernels have tests of 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,31 @@ from gptjet.kernels.gpu.model import GpuModel
 from gptjet.kernels.gpu.operations import reference_operations
 from gptjet.service.backends.factory import load_backend
 from gptjet.service.backends.fused import gpu
+from gptjet.service.backends.fused.backend import FusedBackend
 from gptjet.service.engine.backend import ParityStatus
+from gptjet.service.engine.request import SamplingParams, new_request
+from gptjet.service.engine.sampler import Sampler
 from gptjet.service.models.fused.forward import TorchModel
+
+
+def sample_as_the_engine(
+    logits: torch.Tensor, sampling: torch.Tensor, out: torch.Tensor, **kinds: Any
+) -> None:
+    """The engine's sampler behind the signature of the kernel's, on the same packed parameters."""
+    sampler, states, positions = Sampler(logits.shape[1]), [], []
+    for row, reals in zip(sampling.tolist(), sampling.view(torch.float64).tolist(), strict=True):
+        params = SamplingParams(
+            temperature=reals[0],
+            top_k=row[1],
+            top_p=reals[2],
+            min_p=reals[3],
+            seed=row[4] % 2**64,
+        )
+        assert kinds["draws"] or params.is_greedy
+        assert kinds["filters"] or params.is_greedy or (params.top_k, params.top_p) == (0, 1)
+        states.append(sampler.new_state(new_request((0,), params), row[5]))
+        positions.append(row[6])
+    out.copy_(torch.tensor(sampler.choose(logits, states, positions)))
 
 
 @pytest.fixture
@@ -28,7 +52,9 @@ def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is loaded on the CPU goes the way of a GPU."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setattr(gpu, "interpret_on_cpu", True)
-    monkeypatch.setattr(gpu, "triton_operations", reference_operations)
+    monkeypatch.setattr(
+        gpu, "triton_operations", lambda: reference_operations(sample_as_the_engine)
+    )
     monkeypatch.setattr(availability, "check_launch", lambda _: None)
 
 
@@ -48,6 +74,58 @@ def test_gpu_model_passes_parity_with_every_weight_and_kv_type(
     kv_dtype = torch.int8 if kv_cache_dtype == "int8" else torch.float16
     assert backend.runner.kv_cache.dtype is kv_dtype
     backend.warm_up()
+
+
+@pytest.mark.usefixtures("on_cpu")
+@pytest.mark.parametrize(
+    "params",
+    [
+        {},
+        {"temperature": 0.9},
+        {"temperature": 1.2, "top_k": 7},
+        {"temperature": 1.2, "top_p": 0.7, "min_p": 0.02},
+        {"temperature": 1.0, "n": 3, "seed": 2**64 - 1},
+    ],
+)
+def test_tokens_are_those_of_a_backend_that_leaves_them_to_the_sampler(
+    params: dict[str, Any],
+    make_gptj_checkpoint: Callable[..., Path],
+    load_fused: Callable[..., Any],
+    drive: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Four requests that run and end together, so that both compute the same batches."""
+    loaded = load_fused(make_gptj_checkpoint())
+    launch = FusedBackend.decode_and_sample
+    sources: list[tuple[int, ...]] = []
+
+    def watched(self: Any, batch: Any) -> Any:
+        sources.append(batch.sources)
+        return launch(self, batch)
+
+    monkeypatch.setattr(FusedBackend, "decode_and_sample", watched)
+    said = []
+    for on_device in (True, False):
+        backend = loaded.backend
+        backend._spec = dataclasses.replace(backend.spec, samples_on_device=on_device)
+        driver = drive(loaded, prefix_cache=False)
+        for number in range(4):
+            driver.add([3 + number] * 9, max_new_tokens=14, **{"seed": number, **params})
+        driver.run()
+        driver.check_nothing_is_held()
+        said.append(driver.tokens)
+    assert said[0] == said[1]
+    # All but the first step took every row's token from the step before.
+    count = 4 * params.get("n", 1)
+    assert sources == [(-1,) * count] + [tuple(range(count))] * 12
+
+
+@pytest.mark.usefixtures("on_cpu")
+def test_deterministic_backend_computes_row_by_row_and_leaves_tokens_to_the_sampler(
+    make_gptj_checkpoint: Callable[..., Path], load_fused: Callable[..., Any]
+) -> None:
+    assert load_fused(make_gptj_checkpoint()).backend.spec.samples_on_device
+    assert not load_fused(make_gptj_checkpoint(), deterministic=True).backend.spec.samples_on_device
 
 
 @pytest.mark.usefixtures("on_cpu")
