@@ -84,6 +84,15 @@ corpus: $(DEV) $(PACKAGE) ## Fetch the texts behind the embedded checkpoint: the
 arch: $(DEV) $(PACKAGE) ## The direction of imports.
 	$(BIN)/python -m pytest -q tests/test_architecture.py
 
+# Compiled kernels are kept by content in build/kernels-report, so that only what changed is compiled.
+.PHONY: kernels-check
+kernels-check: $(DEV) $(PACKAGE) ## Compile the GPU kernels for every card, without one; fail on spills.
+	$(BIN)/python -m gptjet.benchmarks.kernels_report --quiet $(ARGS)
+
+.PHONY: kernels-report
+kernels-report: $(DEV) $(PACKAGE) ## The same, printed: registers, shared memory, loads in flight, bytes.
+	$(BIN)/python -m gptjet.benchmarks.kernels_report $(ARGS)
+
 .PHONY: proto-lint
 proto-lint: $(BUF) ## buf: STANDARD rules and format (needs npm).
 	$(BUF) lint

@@ -10,6 +10,7 @@ from gptjet.kernels.gpu.compile_case import GPT_J_6B, CompileCase
 from gptjet.kernels.gpu.gemv import arrived_last, by_place, combine, load_tile, walk
 from gptjet.kernels.gpu.gemv_cases import cases_of_weight_pass
 from gptjet.kernels.gpu.gemv_launch import (
+    EXPONENT,
     Workspace,
     constexprs,
     described,
@@ -52,6 +53,7 @@ def _gelu_linear_residual_kernel(
     attended_stride,
     inner_stride,
     tiles,
+    exponent,
     ROWS: tl.constexpr,
     KIND: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -67,7 +69,7 @@ def _gelu_linear_residual_kernel(
     chunk = tl.program_id(0) // SPLIT_K
     first_output = chunk * tiles * BLOCK_N
     end_output = tl.minimum(n, first_output + tiles * BLOCK_N)
-    weights = (weight_ptr, scale_ptr, bias_ptr, k, row_stride, scale_stride)
+    weights = (weight_ptr, scale_ptr, bias_ptr, k, row_stride, scale_stride, exponent)
     ahead = ()
     if STAGES == 2:
         ahead = load_tile(
@@ -191,6 +193,7 @@ def gelu_linear_residual(
         attended.stride(0),
         inner.stride(0),
         tile.tiles_per_program,
+        EXPONENT,
         **constexprs(arguments, rows, tile),
         num_warps=tile.num_warps,
         num_stages=1,

@@ -20,10 +20,11 @@ INT8 = tl.constexpr(1)
 INT4 = tl.constexpr(2)
 
 # 2^23: a float32 with this exponent holds an integer below 2^23 in its mantissa as it is, so that
-# `bits | _MAGIC_BITS` makes a number of a byte or nibble that is where it was in its word, without
-# a shift and without an integer conversion (which has a quarter of the rate, or less).
-_MAGIC_BITS = tl.constexpr(0x4B000000)
-_MAGIC = tl.constexpr(8388608.0)
+# `bits | EXPONENT` makes a number of a byte or nibble that is where it was in its word, without a
+# shift and without an integer conversion (which has a quarter of the rate, or less). The kernels
+# get EXPONENT as an argument: of two constants an instruction takes one, and `word & mask |
+# EXPONENT` is one instruction only where one of them is in a register.
+_TWO_TO_23 = tl.constexpr(8388608.0)
 
 # Outputs that the last program of a split adds up at once.
 _CHUNK = tl.constexpr(128)
@@ -110,21 +111,20 @@ def by_place(x, KIND: tl.constexpr):
 
 
 @triton.jit
-def at_place(tile, PLACE: tl.constexpr, KIND: tl.constexpr):
+def at_place(tile, exponent, PLACE: tl.constexpr, KIND: tl.constexpr):
     """The weights of one place of each column, float32, times the power of two of their bits."""
+    UNIT: tl.constexpr = 256 ** (PLACE % 2) if KIND == INT8 else 16 ** (PLACE % 4)
     if KIND == FP16:
         return tile.to(tl.float32)
     elif KIND == INT8:
         # Exclusive or with 128 is plus 128 for a two's complement byte read as unsigned.
         word = (tile ^ 0x80808080) >> (PLACE // 2 * 16)
-        unit: tl.constexpr = 256 ** (PLACE % 2)
-        bits = (word & (255 * unit)) | _MAGIC_BITS
-        return bits.to(tl.float32, bitcast=True) - (_MAGIC + 128 * unit)
+        bits = (word & (255 * UNIT)) | exponent.to(tl.uint32)
+        return bits.to(tl.float32, bitcast=True) - (_TWO_TO_23 + 128 * UNIT)
     else:
         word = tile >> (PLACE // 4 * 16)
-        unit: tl.constexpr = 16 ** (PLACE % 4)
-        bits = (word & (15 * unit)) | _MAGIC_BITS
-        return bits.to(tl.float32, bitcast=True) - (_MAGIC + 8 * unit)
+        bits = (word & (15 * UNIT)) | exponent.to(tl.uint32)
+        return bits.to(tl.float32, bitcast=True) - (_TWO_TO_23 + 8 * UNIT)
 
 
 @triton.jit
@@ -146,7 +146,7 @@ def load_tile(
     scales are [BLOCK_N, groups] for INT4 and [BLOCK_N] otherwise. Weights are read once: they are
     the first that a cache may drop.
     """
-    weight_ptr, scale_ptr, bias_ptr, k, row_stride, scale_stride = weights
+    weight_ptr, scale_ptr, bias_ptr, k, row_stride, scale_stride, _ = weights
     PLACES: tl.constexpr = 1 if KIND == FP16 else (4 if KIND == INT8 else 8)
     outputs = first_output + tl.arange(0, BLOCK_N)
     is_output = outputs < end_output
@@ -179,6 +179,7 @@ def multiply(
     tile,
     scales,
     rows,
+    exponent,
     ROWS: tl.constexpr,
     KIND: tl.constexpr,
     GROUP: tl.constexpr,
@@ -190,12 +191,12 @@ def multiply(
     PLACES: tl.constexpr = 1 if KIND == FP16 else (4 if KIND == INT8 else 8)
     GROUPS: tl.constexpr = tile.shape[1] * PLACES // GROUP
     # Place by place, all rows: a place's weights are unpacked once and then forgotten.
-    weights = at_place(tile, 0, KIND)
+    weights = at_place(tile, exponent, 0, KIND)
     products = ()
     for row in tl.static_range(ROWS):
         products = products + (weights * rows[row][0][None, :],)
     for place in tl.static_range(1, PLACES):
-        weights = at_place(tile, place, KIND)
+        weights = at_place(tile, exponent, place, KIND)
         added = ()
         for row in tl.static_range(ROWS):
             added = added + (products[row] + weights * rows[row][place][None, :],)
@@ -320,7 +321,7 @@ def walk(
             ahead_tile, ahead_scales, ahead_bias = asked, asked_scales, asked_bias
         else:
             tile, scales, bias = asked, asked_scales, asked_bias
-        sums = multiply(tile, scales, rows, ROWS, KIND, GROUP)
+        sums = multiply(tile, scales, rows, weights[6], ROWS, KIND, GROUP)
         row = tl.arange(0, padded_rows(ROWS))[None, :]
         outputs = first + tl.arange(0, BLOCK_N)[:, None]
         mask = (outputs < end_output) & (row < ROWS)

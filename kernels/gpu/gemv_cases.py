@@ -54,7 +54,7 @@ def cases_of_weight_pass(
                         min_capability=first,
                         max_capability=last,
                         divisible_by_16=frozenset(
-                            {"n", "k", "width", "row_stride", "scale_stride"}
+                            {"n", "k", "width", "row_stride", "scale_stride", "exponent"}
                             | {"x_stride", "out_stride", "residual_stride"}
                             | {"attended_stride", "inner_stride"}
                         ),

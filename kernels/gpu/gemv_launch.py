@@ -21,6 +21,9 @@ MAX_ROWS = 8
 ROW_BYTES = 16
 """A row of weights starts at a multiple of this, so that it is read in loads of that size."""
 
+EXPONENT = 0x4B000000
+"""The bits of 2^23 in float32: see gemv.py."""
+
 # The interpreter runs on no card; it takes the tiles of the smallest one.
 _INTERPRETED_CAPABILITY = 75
 

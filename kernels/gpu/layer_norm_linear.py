@@ -24,6 +24,7 @@ from gptjet.kernels.gpu.gemv import (
 )
 from gptjet.kernels.gpu.gemv_cases import cases_of_weight_pass
 from gptjet.kernels.gpu.gemv_launch import (
+    EXPONENT,
     Workspace,
     constexprs,
     described,
@@ -57,6 +58,7 @@ def _layer_norm_linear_kernel(
     x_stride,
     out_stride,
     tiles,
+    exponent,
     ROWS: tl.constexpr,
     KIND: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -73,7 +75,7 @@ def _layer_norm_linear_kernel(
     chunk = tl.program_id(0) // SPLIT_K
     first_output = chunk * tiles * BLOCK_N
     end_output = tl.minimum(n, first_output + tiles * BLOCK_N)
-    weights = (weight_ptr, scale_ptr, bias_ptr, k, row_stride, scale_stride)
+    weights = (weight_ptr, scale_ptr, bias_ptr, k, row_stride, scale_stride, exponent)
     ahead = ()
     if STAGES == 2:
         ahead = load_tile(
@@ -203,6 +205,7 @@ def layer_norm_linear(
         x.stride(0),
         out.stride(0),
         tile.tiles_per_program,
+        EXPONENT,
         **constexprs(arguments, rows, tile),
         BLOCK_H=triton.next_power_of_2(k),
         num_warps=tile.num_warps,

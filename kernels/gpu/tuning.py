@@ -140,7 +140,7 @@ def _choose(launch: Launch) -> Tile:
 # From the request of a line of device memory to its arrival, under load: a round figure above the
 # 400 to 650 ns that pointer chasing shows on an idle card of these generations (Jia et al., arXiv
 # 1804.06826 and 1903.07486), because a busy memory answers later.
-_LATENCY_S = 0.8e-6
+LATENCY_S = 0.8e-6
 # Bytes of one tile that its program can hold beside the activations of so many rows. With the tile
 # ahead it is held twice: 32 KiB are 64 registers of each of 256 threads.
 _LARGEST_TILE_BYTES = ((2, 32 << 10), (4, 16 << 10), (8, 8 << 10))
@@ -159,7 +159,7 @@ def default_tile(launch: Launch) -> Tile:
     # Registers for activations: 16 features of a thread up to 4 rows, 8 beyond.
     widest = 4096 if rows <= 4 or launch.weight_type == "int4" else 2048
     block_k = min(widest, max(128, _power_of_two(launch.k)))
-    in_flight = 2 * card.bandwidth_gb_s * 1e9 * _LATENCY_S / card.multiprocessors
+    in_flight = 2 * card.bandwidth_gb_s * 1e9 * LATENCY_S / card.multiprocessors
     most = next(limit for up_to, limit in _LARGEST_TILE_BYTES if rows <= up_to)
     block_n = _power_of_two(int(min(in_flight, most) / (block_k * weight_bytes)))
     block_n = max(2, min(block_n, int(most / (block_k * weight_bytes)), 16))

@@ -1,16 +1,13 @@
-"""Kernels run through Triton's interpreter: set before anything imports one of their modules."""
+"""Kernels run through Triton's interpreter, and a small model made of them."""
 
 from __future__ import annotations
 
 import importlib.util
-import os
 import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
-
-os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def _load(name: str) -> ModuleType:
@@ -31,3 +28,8 @@ _small = _load("small_model")
 def small() -> ModuleType:
     """A small random model, batches for it, and a recorder."""
     return _small
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _quick_interpreter(quick_interpreter: None) -> None:
+    """Every test here interprets kernels."""

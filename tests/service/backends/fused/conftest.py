@@ -69,6 +69,7 @@ def computer(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 
         monkeypatch.setattr(model.CpuModel, "pack", unavailable)
     if request.param == "interpreted":
+        request.getfixturevalue("quick_interpreter")
         monkeypatch.setattr(gpu, "interpret_on_cpu", True)
         monkeypatch.setattr(gpu, "triton_operations", _interpreted_operations)
         # A pass takes a good part of a second. The gate has tests of its own.

@@ -1,0 +1,158 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from gptjet.kernels.gpu import tuning
+from gptjet.kernels.gpu.tuning import (
+    CARDS,
+    MODELLED,
+    TABLE_PATH,
+    WEIGHT_TYPES,
+    Launch,
+    Tile,
+    TuningError,
+    choose_tile,
+    default_tile,
+    read_table,
+)
+
+LINE = {
+    "kernel": '"layer_norm_linear"',
+    "capability": "75",
+    "rows": "1",
+    "n": "28672",
+    "k": "4096",
+    "weight_type": '"fp16"',
+    "block_n": "4",
+    "block_k": "4096",
+    "num_warps": "8",
+    "num_stages": "2",
+    "split_k": "1",
+    "source": '"measured on Tesla T4"',
+}
+
+
+def written(tmp_path: Path, *lines: dict[str, str], text: str = "") -> Path:
+    path = tmp_path / "tuning.toml"
+    tables = ",\n".join(
+        "{ " + ", ".join(f"{k} = {v}" for k, v in line.items()) + " }" for line in lines
+    )
+    path.write_text(text or f"tiles = [\n{tables}\n]\n", encoding="utf-8")
+    return path
+
+
+def test_a_line_of_the_table_is_a_tile(tmp_path: Path) -> None:
+    (entry,) = read_table(written(tmp_path, LINE))
+    assert entry.tile == Tile(4, 4096, 8, 2, 1, tiles_per_program=1, load_bytes=16)
+    assert entry.launch == Launch("layer_norm_linear", 75, 1, 28672, 4096, "fp16")
+    assert entry.source == "measured on Tesla T4"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"block_n": "0"}, "block_n must be 1 to 256, not 0"),
+        ({"block_n": "3"}, "block_n must be a power of two, not 3"),
+        ({"block_n": '"4"'}, "block_n must be 1 to 256, not '4'"),
+        ({"block_n": "true"}, "block_n must be 1 to 256, not True"),
+        ({"num_warps": "64"}, "num_warps must be 1 to 32, not 64"),
+        ({"num_stages": "7"}, "num_stages must be 1 to 6, not 7"),
+        ({"load_bytes": "12"}, "load_bytes must be 4, 8 or 16, not 12"),
+        ({"block_k": "2048"}, "split_k must be 2 for 4096 features in tiles of block_k = 2048"),
+        ({"split_k": "2"}, "split_k must be 1 for 4096 features"),
+        ({"rows": "0"}, "rows must be an integer of at least 1, not 0"),
+        ({"rows": "1.0"}, "rows must be an integer of at least 1, not 1.0"),
+        ({"kernel": "1"}, "kernel must be a string, not 1"),
+        ({"weight_type": '"fp8"'}, "weight_type must be one of fp16, int8, int4, not 'fp8'"),
+        ({"source": '"a guess"'}, 'source must be "modelled" or "measured on <card>"'),
+        ({"block_m": "1"}, "unknown key 'block_m'"),
+    ],
+)
+def test_a_bad_line_is_named_with_its_key_and_limit(
+    tmp_path: Path, changes: dict[str, str], message: str
+) -> None:
+    path = written(tmp_path, {**LINE, "rows": "2"}, {**LINE, **changes})
+    with pytest.raises(TuningError) as error:
+        read_table(path)
+    assert str(error.value).startswith(f"{path}: tiles[1]: ")
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize("key", sorted(LINE))
+def test_a_missing_key_is_named(tmp_path: Path, key: str) -> None:
+    line = {name: value for name, value in LINE.items() if name != key}
+    with pytest.raises(TuningError, match=f"{key} is missing"):
+        read_table(written(tmp_path, line))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("tiles = [", "tuning.toml: "),
+        ("tiles = 3", "tiles must be a list of tables"),
+        ("tiles = [3]", r"tiles\[0\]: must be a table, not 3"),
+        ("tiles = []\ntile = 1", "unknown key 'tile'"),
+    ],
+)
+def test_a_file_that_is_no_table_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(TuningError, match=message):
+        read_table(written(tmp_path, text=text))
+    with pytest.raises(TuningError, match="nowhere"):
+        read_table(tmp_path / "nowhere")
+
+
+def test_a_launch_stands_in_the_table_once(tmp_path: Path) -> None:
+    with pytest.raises(TuningError, match=r"tiles\[1\]: .*in the table already"):
+        read_table(written(tmp_path, LINE, LINE))
+
+
+def test_the_table_comes_before_the_default(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = written(tmp_path, {**LINE, "block_n": "1", "tiles_per_program": "3"})
+    monkeypatch.setattr(tuning, "TABLE_PATH", path)
+    tuning._table.cache_clear()
+    tuning._choose.cache_clear()
+    try:
+        assert choose_tile("layer_norm_linear", 75, 1, 28672, 4096, "fp16").tiles_per_program == 3
+        other = Launch("layer_norm_linear", 75, 2, 28672, 4096, "fp16")
+        assert choose_tile("layer_norm_linear", 75, 2, 28672, 4096, "fp16") == default_tile(other)
+    finally:
+        tuning._table.cache_clear()
+        tuning._choose.cache_clear()
+
+
+def test_what_is_modelled_in_the_table_is_what_the_model_says() -> None:
+    entries = read_table(TABLE_PATH)
+    modelled = [entry for entry in entries if entry.source == MODELLED]
+    assert {entry.launch.capability for entry in modelled} >= {70, 75}
+    stale = [entry.launch for entry in modelled if entry.tile != default_tile(entry.launch)]
+    assert stale == [], "run `python -m gptjet.benchmarks.tune --modelled 70 --modelled 75`"
+
+
+@pytest.mark.parametrize("capability", [60, 70, 72, 75, 80, 86, 89, 90, 120])
+@pytest.mark.parametrize("weight_type", WEIGHT_TYPES)
+def test_a_default_covers_any_shape_with_tiles_that_registers_hold(
+    capability: int, weight_type: str
+) -> None:
+    for rows in range(1, 9):
+        for n, k in ((1, 1), (5, 17), (64, 256), (28672, 4096), (4096, 20480), (50257, 4100)):
+            tile = default_tile(Launch("layer_norm_linear", capability, rows, n, k, weight_type))
+            tile.require_features(k)
+            assert tile.block_k % 128 == 0
+            assert tile.chunks(n) * tile.tiles_per_program * tile.block_n >= n
+            held = tile.block_n * tile.block_k * WEIGHT_TYPES[weight_type]
+            assert held <= 32 << 10
+
+
+@pytest.mark.parametrize("capability", CARDS)
+def test_a_default_keeps_the_memory_busy_at_one_row(capability: int) -> None:
+    """Little's law: two programs' tiles are at least bandwidth times latency."""
+    card = CARDS[capability]
+    needed = card.bandwidth_gb_s * 1e9 * tuning.LATENCY_S / card.multiprocessors
+    for weight_type, size in WEIGHT_TYPES.items():
+        tile = default_tile(Launch("layer_norm_linear", capability, 1, 28672, 4096, weight_type))
+        assert 2 * tile.block_n * tile.block_k * size >= needed
+        assert tile.chunks(28672) >= card.multiprocessors
