@@ -87,7 +87,7 @@ def _interpreted_operations() -> Operations:
         def run(*arguments: Any, **options: Any) -> None:
             outputs, inputs = arguments[weight_at].shape
             block_k = 1 << (inputs - 1).bit_length()
-            block_n = min(256, 2**19 // block_k)
+            block_n = min(256, 2**17 // block_k)  # of eight rows, a tensor of 2**20
             tile = Tile(block_n, block_k, 4, 1, 1, tiles_per_program=-(-outputs // block_n))
             kernel(*arguments, tile=tile, **options)
 
