@@ -162,17 +162,30 @@ def test_arrivals_join_after_the_step_in_flight() -> None:
     assert traffic.text(second) == "lmnopqrstuvwxyzabcde"
 
 
-def test_preempted_in_flight_the_token_is_drawn_again() -> None:
-    traffic, alone = Traffic(), Traffic()
-    options = {"temperature": 1.3, "seed": 5}
-    key, expected = traffic.add("a", **options), alone.add("a", **options)
+@pytest.mark.parametrize("steps", [0, 3])
+def test_preempted_in_flight_the_token_is_drawn_again(steps: int) -> None:
+    """Beside one that goes on, so that the step is read; its blocks are another's by then."""
+    traffic, alone = Traffic(prefix_cache=False), Traffic(prefix_cache=False)
+    options = {"temperature": 1.3, "max_new_tokens": 30}
+    keys = [traffic.add(prompt, seed=seed, **options) for seed, prompt in enumerate("ak")]
+    expected = [alone.add(prompt, seed=seed, **options) for seed, prompt in enumerate("ak")]
     alone.run()
-    for _ in range(3):
-        traffic.step(4)
+    manager = traffic.engine.scheduler.block_manager
+    for holder in range(10**9, 10**9 + 3):
+        traffic.step(steps)
         scheduler = traffic.engine.scheduler
-        scheduler._preempt(scheduler.running[0])
+        while len(scheduler.running) < 2:
+            traffic.step()
+        scheduler._preempt(max(scheduler.running, key=lambda sequence: sequence.sequence_id))
+        # Somebody else has what it held before it comes back.
+        assert manager.allocate(holder, 8) is not None
+        traffic.step(2)
+    for holder in range(10**9, 10**9 + 3):
+        manager.free(holder)
     traffic.run()
-    assert traffic.ids[key] == alone.ids[expected]
+    for key, other in zip(keys, expected, strict=True):
+        assert len(traffic.ids[key]) == 30
+        assert traffic.ids[key] == alone.ids[other]
 
 
 def test_little_memory_makes_it_wait_and_preempt_as_without() -> None:
