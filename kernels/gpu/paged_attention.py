@@ -13,7 +13,7 @@ so the loop has no sum over slots, and no barrier; they are joined once, after i
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -49,7 +49,7 @@ class AttentionTile:
             )
 
 
-def default_tile(head_dim: int, capability: int, *, is_int8: bool = False) -> AttentionTile:
+def default_tile(head_dim: int, capability: int) -> AttentionTile:
     """A tile by calculation; nothing is measured in it.
 
     A tile is 8,192 values: in 128 threads 64 registers of sums and as many for what is being
@@ -58,7 +58,6 @@ def default_tile(head_dim: int, capability: int, *, is_int8: bool = False) -> At
     processors, of 128, which halves what passes through the workspace.
     """
     tokens = max(16, min(64, 8192 // triton.next_power_of_2(head_dim)))
-    del is_int8  # a byte a value: half the registers of what is being loaded, the same sums
     return AttentionTile(tokens, 64 if capability >= 80 else 128, num_warps=4)
 
 
@@ -114,7 +113,7 @@ def paged_attention(
         raise ValueError("queries must be contiguous, and the rows of block_tables")
     if tokens == 0:
         return
-    tile = tile or default_tile(head_dim, _capability(queries.device), is_int8=is_int8)
+    tile = tile or default_tile(head_dim, _capability(queries.device))
     needed = workspace_elements(tokens, heads, head_dim, block_tables.shape[1], tile)
     if workspace is None:
         workspace = torch.empty(needed, dtype=torch.float32, device=queries.device)
@@ -338,33 +337,30 @@ def compile_cases() -> tuple[CompileCase, ...]:
     """
     cases = []
     for head_dim in (64, 128, 256):
-        for is_int8 in (False, True):
-            for capability, last in ((70, 79), (80, 90)):
-                tile = default_tile(head_dim, capability, is_int8=is_int8)
-                cases.append(_split_case(head_dim, is_int8, tile, capability, last))
         for capability, last in ((70, 79), (80, 90)):
             tile = default_tile(head_dim, capability)
-            cases.append(_combine_case(head_dim, tile, capability, last))
+            cases += [
+                replace(case, min_capability=capability, max_capability=last)
+                for case in (
+                    _split_case(head_dim, tile, is_int8=False),
+                    _split_case(head_dim, tile, is_int8=True),
+                    _combine_case(head_dim, tile),
+                )
+            ]
     return tuple(cases)
 
 
-def _split_case(
-    head_dim: int, is_int8: bool, tile: AttentionTile, capability: int, last: int
-) -> CompileCase:
+def _split_case(head_dim: int, tile: AttentionTile, *, is_int8: bool) -> CompileCase:
     heads, context = GPT_J_6B.hidden_size // head_dim, GPT_J_6B.max_context
     splits = -(-context // tile.split_tokens)
-    signature = {
+    pointers = {
         "queries": "*fp16",
         "cache": "*i8" if is_int8 else "*fp16",
         "scales": "*fp32" if is_int8 else "*fp16",
-        "positions": "*i32",
-        "sequence_index": "*i32",
-        "block_tables": "*i32",
+        **dict.fromkeys(("positions", "sequence_index", "block_tables"), "*i32"),
         "workspace": "*fp32",
-        "table_stride": "i32",
-        "num_blocks": "i32",
-        "num_splits": "i32",
     }
+    numbers = dict.fromkeys(("table_stride", "num_blocks", "num_splits"), "i32")
     constexprs: dict[str, object] = {
         "HEADS": heads,
         "HEAD_DIM": head_dim,
@@ -375,33 +371,25 @@ def _split_case(
         "IS_INT8": is_int8,
     }
     held = 2 * heads * context * (head_dim + 4 if is_int8 else 2 * head_dim)
-    ends = 2 * 2 * heads * head_dim
+    row = 2 * heads * head_dim
+    name = "int8" if is_int8 else "fp16"
     return CompileCase(
-        name=f"split, {'int8' if is_int8 else 'fp16'} KV, head_dim {head_dim}, "
-        f"{tile.split_tokens} tokens",
+        name=f"split, {name} KV, head_dim {head_dim}, {tile.split_tokens} tokens",
         kernel=_split_kernel,
-        signature=signature | dict.fromkeys(constexprs, "constexpr"),
+        signature=pointers | numbers | dict.fromkeys(constexprs, "constexpr"),
         constexprs=constexprs,
         num_warps=tile.num_warps,
         programs=heads * splits,
-        bytes_moved=held + ends // 2 + heads * splits * 4 * (head_dim + 2),
-        bytes_minimum=held + ends,
-        min_capability=capability,
-        max_capability=last,
+        bytes_moved=held + row + heads * splits * 4 * (head_dim + 2),
+        bytes_minimum=held + 2 * row,
         divisible_by_16=frozenset({"table_stride"}),
     )
 
 
-def _combine_case(head_dim: int, tile: AttentionTile, capability: int, last: int) -> CompileCase:
+def _combine_case(head_dim: int, tile: AttentionTile) -> CompileCase:
     heads, context = GPT_J_6B.hidden_size // head_dim, GPT_J_6B.max_context
     splits = -(-context // tile.split_tokens)
-    signature = {
-        "workspace": "*fp32",
-        "positions": "*i32",
-        "out": "*fp16",
-        "out_stride": "i32",
-        "num_splits": "i32",
-    }
+    pointers = {"workspace": "*fp32", "positions": "*i32", "out": "*fp16"}
     constexprs: dict[str, object] = {
         "HEADS": heads,
         "HEAD_DIM": head_dim,
@@ -413,13 +401,13 @@ def _combine_case(head_dim: int, tile: AttentionTile, capability: int, last: int
     return CompileCase(
         name=f"combine, head_dim {head_dim}, {tile.split_tokens} tokens",
         kernel=_combine_kernel,
-        signature=signature | dict.fromkeys(constexprs, "constexpr"),
+        signature=pointers
+        | dict.fromkeys(("out_stride", "num_splits"), "i32")
+        | dict.fromkeys(constexprs, "constexpr"),
         constexprs=constexprs,
         num_warps=_COMBINE_WARPS,
         programs=heads,
         bytes_moved=moved,
         bytes_minimum=moved,
-        min_capability=capability,
-        max_capability=last,
         divisible_by_16=frozenset({"out_stride"}),
     )
