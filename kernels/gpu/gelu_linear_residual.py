@@ -69,7 +69,8 @@ def _gelu_linear_residual_kernel(
     chunk = tl.program_id(0) // SPLIT_K
     first_output = chunk * tiles * BLOCK_N
     end_output = tl.minimum(n, first_output + tiles * BLOCK_N)
-    weights = (weight_ptr, scale_ptr, bias_ptr, k, row_stride, scale_stride, exponent)
+    in_register = exponent + (n >> 31)
+    weights = (weight_ptr, scale_ptr, bias_ptr, k, row_stride, scale_stride, in_register)
     ahead = ()
     if STAGES == 2:
         ahead = load_tile(

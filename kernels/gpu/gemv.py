@@ -22,8 +22,9 @@ INT4 = tl.constexpr(2)
 # 2^23: a float32 with this exponent holds an integer below 2^23 in its mantissa as it is, so that
 # `bits | EXPONENT` makes a number of a byte or nibble that is where it was in its word, without a
 # shift and without an integer conversion (which has a quarter of the rate, or less). The kernels
-# get EXPONENT as an argument: of two constants an instruction takes one, and `word & mask |
-# EXPONENT` is one instruction only where one of them is in a register.
+# get EXPONENT as an argument and add `n >> 31` to it, which is zero: of two constants an
+# instruction takes one, and `word & mask | EXPONENT` is one instruction only where the latter is in
+# a register and not among the arguments, which are constants to the assembler.
 _TWO_TO_23 = tl.constexpr(8388608.0)
 
 # Outputs that the last program of a split adds up at once.

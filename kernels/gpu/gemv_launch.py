@@ -24,6 +24,9 @@ ROW_BYTES = 16
 EXPONENT = 0x4B000000
 """The bits of 2^23 in float32: see gemv.py."""
 
+# TRITON_MAX_TENSOR_NUMEL: a tile's products with all rows are one tensor.
+_MOST_ELEMENTS = 1 << 20
+
 # The interpreter runs on no card; it takes the tiles of the smallest one.
 _INTERPRETED_CAPABILITY = 75
 
@@ -188,6 +191,12 @@ def tile_for(
     if tile is None:
         tile = choose_tile(kernel, capability_of(device), rows, n, k, weight_type(weight))
     tile.require_features(k)
+    elements = tile.block_n * tile.block_k * (1 << (rows - 1).bit_length())
+    if elements > _MOST_ELEMENTS:
+        raise ValueError(
+            f"block_n = {tile.block_n} times block_k = {tile.block_k} for {rows} rows is "
+            f"{elements} products; Triton's limit is {_MOST_ELEMENTS}"
+        )
     if isinstance(weight, Int4Weight) and tile.block_k % weight.group:
         raise ValueError(f"block_k = {tile.block_k} must be a multiple of the group {weight.group}")
     return tile

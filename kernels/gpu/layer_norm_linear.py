@@ -75,7 +75,8 @@ def _layer_norm_linear_kernel(
     chunk = tl.program_id(0) // SPLIT_K
     first_output = chunk * tiles * BLOCK_N
     end_output = tl.minimum(n, first_output + tiles * BLOCK_N)
-    weights = (weight_ptr, scale_ptr, bias_ptr, k, row_stride, scale_stride, exponent)
+    in_register = exponent + (n >> 31)
+    weights = (weight_ptr, scale_ptr, bias_ptr, k, row_stride, scale_stride, in_register)
     ahead = ()
     if STAGES == 2:
         ahead = load_tile(
@@ -112,8 +113,9 @@ def _layer_norm_linear_kernel(
         # The programs of a split multiply a part of what all of them normalise by.
         part = tl.load(x_ptr + row * x_stride + feature, mask=feature < k, other=0)
         scale = 1 / tl.sqrt(variances[row] / k + eps)
+        # Zero beyond the features, where norm_weight and norm_bias are.
         normed = (part - sums[row] / k) * scale * norm_weight + norm_bias
-        rows = rows + (by_place(tl.where(feature < k, normed, 0.0), KIND),)
+        rows = rows + (by_place(normed, KIND),)
 
     walk(
         weights,

@@ -137,9 +137,9 @@ def _choose(launch: Launch) -> Tile:
     return entry.tile if entry is not None else default_tile(launch)
 
 
-# From the request of a line of device memory to its arrival, under load: a round figure above the
-# 400 to 650 ns that pointer chasing shows on an idle card of these generations (Jia et al., arXiv
-# 1804.06826 and 1903.07486), because a busy memory answers later.
+# From asking for a line of device memory to its arrival, under load. An assumption for all cards,
+# on the long side of what microbenchmarks show on idle ones (sjfeng1999/gpu-arch-microbenchmark:
+# 1,000 to 1,200 cycles on a TU104, which is 0.6 to 0.7 microseconds); a busy memory answers later.
 LATENCY_S = 0.8e-6
 # Bytes of one tile that its program can hold beside the activations of so many rows. With the tile
 # ahead it is held twice: 32 KiB are 64 registers of each of 256 threads.
@@ -158,7 +158,7 @@ def default_tile(launch: Launch) -> Tile:
     rows, weight_bytes = launch.rows, WEIGHT_TYPES[launch.weight_type]
     # Registers for activations: 16 features of a thread up to 4 rows, 8 beyond.
     widest = 4096 if rows <= 4 or launch.weight_type == "int4" else 2048
-    block_k = min(widest, max(128, _power_of_two(launch.k)))
+    block_k = _even_block_k(launch.k, widest)
     in_flight = 2 * card.bandwidth_gb_s * 1e9 * LATENCY_S / card.multiprocessors
     most = next(limit for up_to, limit in _LARGEST_TILE_BYTES if rows <= up_to)
     block_n = _power_of_two(int(min(in_flight, most) / (block_k * weight_bytes)))
@@ -177,6 +177,19 @@ def default_tile(launch: Launch) -> Tile:
         tiles_per_program=-(-tiles // programs),
         load_bytes=16 if wide else 8,
     )
+
+
+def _even_block_k(k: int, widest: int) -> int:
+    """The widest block whose last split is nearly as long as the others, or the least uneven one.
+
+    Programs of a short last split stand idle while the others read. A single split may be short.
+    """
+    if k <= widest:
+        return max(128, _power_of_two(k))
+    blocks = (widest, widest // 2, widest // 4)
+    missing = {block: -k % block for block in blocks}
+    even = [block for block in blocks if missing[block] <= k // 8]
+    return even[0] if even else min(blocks, key=lambda block: missing[block])
 
 
 def _nearest_card(capability: int) -> Card:

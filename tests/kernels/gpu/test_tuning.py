@@ -156,3 +156,13 @@ def test_a_default_keeps_the_memory_busy_at_one_row(capability: int) -> None:
         tile = default_tile(Launch("layer_norm_linear", capability, 1, 28672, 4096, weight_type))
         assert 2 * tile.block_n * tile.block_k * size >= needed
         assert tile.chunks(28672) >= card.multiprocessors
+
+
+@pytest.mark.parametrize(
+    ("k", "block_k", "split_k"),
+    [(4096, 4096, 1), (2560, 4096, 1), (20480, 4096, 5), (5120, 1024, 5), (6144, 2048, 3)],
+)
+def test_the_splits_of_a_default_are_of_one_length(k: int, block_k: int, split_k: int) -> None:
+    """5,120 features as 4,096 and 1,024 would leave half of the programs idle."""
+    tile = default_tile(Launch("gelu_linear_residual", 75, 1, 4096, k, "fp16"))
+    assert (tile.block_k, tile.split_k) == (block_k, split_k)

@@ -252,11 +252,29 @@ def test_the_same_launch_gives_the_same_bits_from_a_used_workspace() -> None:
     assert torch.equal(first, again)
 
 
-def test_gelu_of_the_largest_float16_values_is_finite() -> None:
-    inner = torch.tensor([[-65504.0, -60000.0, -20.0, 0.0, 20.0, 300.0, 65504.0, -1e-7]]).half()
-    residual = torch.zeros(1, 8)
-    identity = DenseWeight(guarded(torch.eye(8).half()))
-    gelu_linear_residual(residual, inner[:, :0], inner, identity, tile=small_tile(8, block_k=16))
+def test_gelu_is_that_of_the_reference_up_to_the_largest_float16_values() -> None:
+    values = [
+        -65504.0,
+        -300.0,
+        -20.0,
+        -3.0,
+        -1.0,
+        -0.3,
+        -1e-7,
+        0.0,
+        0.1,
+        0.7,
+        1.5,
+        2.5,
+        20.0,
+        65504.0,
+    ]
+    inner = torch.tensor([values]).half()
+    count = len(values)
+    residual = torch.zeros(1, count)
+    identity = DenseWeight(guarded(torch.eye(count).half()))
+    tile = small_tile(count, block_k=16)
+    gelu_linear_residual(residual, inner[:, :0], inner, identity, tile=tile)
     expected = F.gelu(inner.double(), approximate="tanh")
     assert torch.allclose(residual.double(), expected, rtol=1e-6, atol=1e-12)
 
@@ -340,6 +358,12 @@ def test_what_layer_norm_linear_does_not_take_is_refused_before_anything_is_writ
         message="multiple of the group 32",
         tile=small_tile(64, block_k=16),
     )
+    _refused(
+        weight,
+        5,
+        message="block_n = 256 times block_k = 1024 for 5 rows is 2097152 products",
+        tile=small_tile(64, block_n=256, block_k=1024),
+    )
     small = Workspace(torch.full((1,), NAN), torch.zeros(1, dtype=torch.int32))
     _refused(
         weight,
@@ -364,9 +388,9 @@ def test_what_gelu_linear_residual_does_not_take_is_refused() -> None:
 
 
 def test_the_workspace_for_weights_is_enough_for_each_of_their_launches() -> None:
-    """With the tiles of the table, which for few outputs split nothing away from 4,096 features."""
+    """With the tiles of the roofline: 4,100 features in 5 splits of 1,024."""
     weight = make_weight("int8", 2, 4100)
     workspace = Workspace.for_weights("cpu", [("gelu_linear_residual", weight)], max_rows=2)
-    assert workspace.partials.numel() == 2 * 2 * 2
+    assert workspace.partials.numel() == 5 * 2 * 2
     workspace.partials.fill_(NAN)
     check_gelu_linear_residual(2, 40, weight, None, workspace)
