@@ -180,16 +180,8 @@ def triton_operations() -> Operations:
         sample(logits, SamplingParameters(sampling), out, **options)
 
     def workspace(rows: int, heads: int, head_dim: int, table_width: int, capability: int) -> int:
-        return max(
-            attention.workspace_elements(
-                rows,
-                heads,
-                head_dim,
-                table_width,
-                attention.default_tile(head_dim, capability, is_int8=is_int8),
-            )
-            for is_int8 in (False, True)
-        )
+        tile = attention.default_tile(head_dim, capability)
+        return attention.workspace_elements(rows, heads, head_dim, table_width, tile)
 
     return Operations(
         f"Triton {triton.__version__} kernels",
