@@ -19,6 +19,7 @@ from pydantic import ConfigDict, Field, ValidationError
 
 from gptjet.service.config_access import AccessSettings
 from gptjet.service.config_governance import GovernanceConfig
+from gptjet.service.config_gpu import GpuConfig
 from gptjet.service.config_limits import LimitsConfig
 from gptjet.service.config_observability import ObservabilitySettings
 from gptjet.service.engine.config import EngineConfig
@@ -53,7 +54,9 @@ class ConfigError(Exception):
     """The settings are not usable; the message names each bad key, its source and its limit."""
 
 
-class ServerConfig(AccessSettings, LimitsConfig, ObservabilitySettings, GovernanceConfig):
+class ServerConfig(
+    AccessSettings, LimitsConfig, ObservabilitySettings, GovernanceConfig, GpuConfig
+):
     """Everything `gptjet serve` can be told. Limits of the model itself stand in BackendSpec."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)

@@ -46,6 +46,17 @@ def test_limits_come_from_every_source_too(tmp_path: Path, monkeypatch: pytest.M
     assert config.slow_reader_timeout_s == 30.0
 
 
+def test_cuda_graphs_are_switched_by_every_source(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    assert load_config().cuda_graphs
+    file = write(tmp_path, "cuda_graphs = false")
+    assert not load_config(file).cuda_graphs
+    monkeypatch.setenv("GPTJET_CUDA_GRAPHS", "true")
+    assert load_config(file).cuda_graphs
+    assert not load_config(file, cuda_graphs=False).cuda_graphs
+
+
 def test_flag_that_is_none_was_not_given(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GPTJET_PORT", "3")
     assert load_config(port=None).port == 3
