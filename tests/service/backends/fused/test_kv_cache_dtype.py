@@ -48,6 +48,7 @@ def test_pytorch_serves_from_a_kv_cache_of_every_dtype(
     parity = loaded.backend.spec.parity
     assert parity.status is ParityStatus.PASSED
     assert (f"; with the KV cache in {name}: " in parity.detail) == (name != "float32")
+    assert f"; KV cache in {name}; torch " in parity.detail  # what `gptjet models` shows
     driver = drive(loaded)
     key = driver.add([7] * 20, n=2)  # which share, copy and free blocks
     driver.run()
