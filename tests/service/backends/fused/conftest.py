@@ -144,13 +144,13 @@ class Driver:
         self.tokens: dict[tuple[int, int], list[int]] = {}
         self.outputs: list[tuple[int, RequestOutput]] = []
         self.num_preemptions = 0
-        preempt = self.engine.scheduler._preempt
+        preempt = self.engine.scheduler.preempt
 
         def counted(sequence: Any) -> None:
             self.num_preemptions += 1
             preempt(sequence)
 
-        self.engine.scheduler._preempt = counted  # type: ignore[method-assign]
+        self.engine.scheduler.preempt = counted  # type: ignore[method-assign]
 
     def add(self, prompt: Sequence[int], *, seed: int | None = None, **params: Any) -> int:
         options = {"max_new_tokens": 16, "ignore_eos": True, "seed": seed, **params}
