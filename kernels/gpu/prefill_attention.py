@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.nn.attention.bias import causal_lower_right
 
 from gptjet.kernels.batch import BLOCK_SIZE, ForwardBatch
 from gptjet.kernels.reference import int8_kv_scales
@@ -58,6 +57,9 @@ def prefill_attention(
     Token p of a span attends to positions 0 to its own, scores divided by sqrt(head_dim).
     layer_cache: one layer's, float16 or INT8 with its scales; it holds the spans' own tokens.
     """
+    # Here, not above: it brings SymPy, which a server on a CPU has no use for.
+    from torch.nn.attention.bias import causal_lower_right
+
     tokens, heads, head_dim = queries.shape
     result = out.view(tokens, heads, head_dim)
     for span in spans:
