@@ -112,6 +112,7 @@ class AccessControl:
         # Why the files on disk are not those in use, by kind.
         self.refused: dict[str, str] = {}
         self._reloading = asyncio.Lock()
+        self._reloads: set[asyncio.Task[list[Reloaded]]] = set()
         self._watching: asyncio.Task[None] | None = None
         self._warned_of: datetime | None = None
 
@@ -163,9 +164,23 @@ class AccessControl:
         if watching is not None:
             watching.cancel()
             await asyncio.gather(watching, return_exceptions=True)
+        reloads = list(self._reloads)
+        for task in reloads:
+            task.cancel()
+        await asyncio.gather(*reloads, return_exceptions=True)
 
     async def reload(self) -> list[Reloaded]:
-        """Look at every file now. Never raises: what cannot be used is told, logged and left."""
+        """Look at every file now. Never raises: what cannot be used is told, logged and left.
+
+        Goes on where the caller is cancelled: the thread would put the new tokens in use all the
+        same, and nobody would have the quotas follow them.
+        """
+        task = asyncio.create_task(self._reload_all())
+        self._reloads.add(task)
+        task.add_done_callback(self._reloads.discard)
+        return await asyncio.shield(task)
+
+    async def _reload_all(self) -> list[Reloaded]:
         async with self._reloading:
             results = []
             for reloadable in (self.certificates, self.tokens):

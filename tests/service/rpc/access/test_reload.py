@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import socket
 import ssl
+import threading
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -329,6 +330,41 @@ async def test_a_call_opened_before_its_token_ended_is_not_served(
         line = await running.request_line(method="Generate")
         assert line["code"] == expected.name
         assert "prompt_tokens" not in line
+
+
+async def test_a_reload_that_its_caller_cancels_changes_the_limits_all_the_same(
+    start_server: Any,
+    tokens_file: Path,
+    make_token: MakeToken,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    token = make_token("web", requests_per_minute=1000)
+    running = await start_server(tokens_file=tokens_file, access_reload_s=NEVER_S)
+    await running.new_client(token=token, retry=None).get_model()
+    access = running.server.access
+    quota = access.tokens.quotas.quota_of(access.tokens.tokens.token[0])
+    with editing(tokens_file) as tokens:
+        tokens[0] = tokens[0].model_copy(update={"requests_per_minute": 5})
+    reading, go_on = threading.Event(), threading.Event()
+    reload = Tokens.reload
+
+    def slow(self: Tokens) -> bool:
+        reading.set()
+        assert go_on.wait(20)
+        return reload(self)
+
+    monkeypatch.setattr(Tokens, "reload", slow)
+    asked = asyncio.create_task(running.server.reload())
+    await running.until(reading.is_set)
+    asked.cancel()
+    await asyncio.gather(asked, return_exceptions=True)
+    assert asked.cancelled()
+    go_on.set()
+    await running.until(lambda: access.tokens.tokens.token[0].requests_per_minute == 5)
+    await running.until(lambda: quota.limits.requests_per_minute == 5)
+    # The next reload finds nothing new, and so could not make up for it.
+    (result,) = await access.reload()
+    assert result.outcome is Outcome.UNCHANGED
 
 
 @pytest.mark.parametrize(
