@@ -119,14 +119,21 @@ class AccessControl:
     def for_callers(self, service: str) -> list[grpc.aio.ServerInterceptor]:
         """In front of the port where callers connect; `service` is ours there."""
         open_services = frozenset({_HEALTH_SERVICE} if self._config.open_health else ())
-        return self.interceptors({service: "generate"}, open_services=open_services)
+        return self._interceptors({service: "generate"}, open_services, with_quotas=True)
+
+    def for_administration(self, service: str) -> list[grpc.aio.ServerInterceptor]:
+        """In front of the administration port; `service` is ours there.
+
+        Without quotas: whoever looks into a token that has used up its own must get in.
+        """
+        return self._interceptors({service: "admin"}, frozenset(), with_quotas=False)
 
     def credentials(self) -> grpc.ServerCredentials | None:
         """For one listening port; None: plain text."""
         return None if self.certificates is None else self.certificates.credentials()
 
-    def interceptors(
-        self, scopes: Mapping[str, Scope], *, open_services: frozenset[str] = frozenset()
+    def _interceptors(
+        self, scopes: Mapping[str, Scope], open_services: frozenset[str], *, with_quotas: bool
     ) -> list[grpc.aio.ServerInterceptor]:
         """What stands in front of services that ask for these scopes: nothing without tokens."""
         if self.tokens is None:
@@ -136,7 +143,7 @@ class AccessControl:
                 self.tokens.authenticate,
                 scopes,
                 open_services=open_services,
-                quotas=self.tokens.quotas,
+                quotas=self.tokens.quotas if with_quotas else None,
                 on_refused=self._on_refused,
             )
         ]
