@@ -247,8 +247,11 @@ class Server:
         results = await self.access.reload()
         if self.governance is not None:
             read = await asyncio.to_thread(self.governance.reload)
-            outcome = Outcome.RELOADED if read.ok else Outcome.REFUSED
-            results.append(Reloaded("policy", outcome, "" if read.ok else read.message))
+            if not read.ok:
+                results.append(Reloaded("policy", Outcome.REFUSED, read.message))
+            else:
+                outcome = Outcome.RELOADED if read.changed else Outcome.UNCHANGED
+                results.append(Reloaded("policy", outcome))
         return results
 
     def ask_to_stop(self, grace_s: float | None) -> float:
