@@ -26,9 +26,12 @@ ENV PATH=/opt/gptjet/bin:$PATH PYTHONUNBUFFERED=1 GPTJET_HOST=0.0.0.0 GPTJET_LOG
 USER gptjet
 WORKDIR /home/gptjet
 EXPOSE 50051
-# Loading a 6B model from a cold disk takes minutes; `models` answers while it loads.
+# NOT_SERVING until the model is loaded, which takes a 6B model minutes from a cold disk: give
+# `docker run --health-start-period` what yours takes. GPTJET_SERVER names another port.
+# With a tokens file: `-e GPTJET_OPEN_HEALTH=true`, or a token for the probe in GPTJET_TOKEN. With TLS:
+# `--health-cmd 'gptjet models --health --timeout 5 --tls-ca …'`.
 HEALTHCHECK --interval=15s --timeout=10s --start-period=60s --retries=3 \
-    CMD ["gptjet", "models", "--server", "127.0.0.1:50051", "--timeout", "5"]
+    CMD ["gptjet", "models", "--health", "--timeout", "5"]
 # SIGTERM drains: running requests finish within grace_s. Give `docker stop -t` more than that.
 STOPSIGNAL SIGTERM
 ENTRYPOINT ["gptjet", "serve"]

@@ -119,7 +119,7 @@ class AdminClient:
         return Drain(response.running, response.waiting, response.grace_s)
 
     def reload(self) -> tuple[ReloadedFiles, ...]:
-        """Have the certificates and the tokens file read again now."""
+        """Have the certificates, the tokens file and the policy read again now."""
         response = self._call(self._stub.Reload, pb.ReloadRequest())
         return tuple(
             ReloadedFiles(

@@ -34,8 +34,10 @@ class LimitsConfig(BaseModel):
         default=2048,
         ge=1,
         le=1_000_000,
-        description="calls of every method at once; one more gets RESOURCE_EXHAUSTED (the default "
-        "leaves room for many short calls beside a full queue)",
+        description="calls of gptjet.v1.TextGeneration that are served at once; one more gets "
+        "RESOURCE_EXHAUSTED, and so does one more than twice as many of all kinds: health, "
+        "reflection, and calls whose request has not come (the default leaves room for many short "
+        "calls beside a full queue)",
     )
     max_unread_tokens: int = Field(
         default=4096,

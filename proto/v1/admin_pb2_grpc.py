@@ -81,8 +81,8 @@ class AdminServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Reload(self, request, context):
-        """Reads the certificates and the tokens file again now, instead of at the next look. What cannot be
-        used leaves the old one in place; the answer says why.
+        """Reads the certificates, the tokens file and the policy again now, instead of at the next look.
+        What cannot be used leaves the old one in place; the answer says why.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

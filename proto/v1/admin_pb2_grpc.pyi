@@ -44,8 +44,8 @@ class AdminStub:
     period, and the process ends. Answers at once; asking again changes nothing.
     """
     Reload: _grpc.UnaryUnaryMultiCallable[_admin_pb2.ReloadRequest, _admin_pb2.ReloadResponse]
-    """Reads the certificates and the tokens file again now, instead of at the next look. What cannot be
-    used leaves the old one in place; the answer says why.
+    """Reads the certificates, the tokens file and the policy again now, instead of at the next look.
+    What cannot be used leaves the old one in place; the answer says why.
     """
     GetLogLevel: _grpc.UnaryUnaryMultiCallable[_admin_pb2.GetLogLevelRequest, _admin_pb2.GetLogLevelResponse]
     """Says which is the least severe level that is logged."""
@@ -68,8 +68,8 @@ class AdminAsyncStub(AdminStub):
     period, and the process ends. Answers at once; asking again changes nothing.
     """
     Reload: _aio.UnaryUnaryMultiCallable[_admin_pb2.ReloadRequest, _admin_pb2.ReloadResponse]  # type: ignore[assignment]
-    """Reads the certificates and the tokens file again now, instead of at the next look. What cannot be
-    used leaves the old one in place; the answer says why.
+    """Reads the certificates, the tokens file and the policy again now, instead of at the next look.
+    What cannot be used leaves the old one in place; the answer says why.
     """
     GetLogLevel: _aio.UnaryUnaryMultiCallable[_admin_pb2.GetLogLevelRequest, _admin_pb2.GetLogLevelResponse]  # type: ignore[assignment]
     """Says which is the least severe level that is logged."""
@@ -101,8 +101,8 @@ class AdminServicer(metaclass=_abc_1.ABCMeta):
         request: _admin_pb2.ReloadRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_admin_pb2.ReloadResponse, _abc.Awaitable[_admin_pb2.ReloadResponse]]:
-        """Reads the certificates and the tokens file again now, instead of at the next look. What cannot be
-        used leaves the old one in place; the answer says why.
+        """Reads the certificates, the tokens file and the policy again now, instead of at the next look.
+        What cannot be used leaves the old one in place; the answer says why.
         """
 
     @_abc_1.abstractmethod

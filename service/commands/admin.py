@@ -101,14 +101,14 @@ def status(
 @app.command(context_settings=_CONTEXT)
 @expand_flags
 def reload(*, where: AdminFlags, security: SecurityFlags) -> None:
-    """Have the certificates and the tokens file read again now.
+    """Have the certificates, the tokens file and the policy read again now.
 
     The exit code is 4 where one of them cannot be used; the server goes on with the old one.
     """
     with _connect(where, security) as admin:
         results = admin.reload()
     if not results:
-        print_note("the server has neither certificates nor a tokens file")
+        print_note("the server has neither certificates nor a tokens file nor a policy")
     for files in results:
         typer.echo(f"{files.kind}: {files.outcome}{files.reason and ': '}{files.reason}")
     if any(files.outcome == "refused" for files in results):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 
 HELP = """Show what a server is serving, its limits and its health.
 
-It answers while the model loads, too; the exit code is 4 then, and 0 once the health is SERVING.
+It answers while the model loads, too; the exit code is 4 then, and 0 once the health is SERVING. \
+With `--health` it asks for the health alone, as a probe does: without a token where the server \
+runs with `--open-health`.
 """
 
 EXAMPLES = """Examples:
@@ -25,6 +27,7 @@ EXAMPLES = """Examples:
 $ gptjet models
 $ gptjet models --server gpu-box:50051 --wait 60
 $ gptjet models --json | jq .max_context
+$ gptjet models --health --timeout 5
 """
 
 
@@ -32,22 +35,24 @@ $ gptjet models --json | jq .max_context
 def models(
     *,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
+    health_only: Annotated[
+        bool, typer.Option("--health", help="ask grpc.health.v1 and nothing else")
+    ] = False,
     connection: ConnectionFlags,
 ) -> None:
-    """Ask for the model and the health, and print both."""
+    """Ask for the model and the health, or the latter alone, and print it."""
     from gptjet.service.client import HealthStatus
 
     with connect(connection) as client:
-        model = client.get_model()
+        model = None if health_only else client.get_model()
         health = client.health(timeout_s=connection.timeout_s)
     if as_json:
-        fields = {
-            "server": connection.server,
-            "health": health.value,
-            **asdict(model),
-            "kv_cache_tokens": _kv_cache_tokens(model),
-        }
+        fields: dict[str, Any] = {"server": connection.server, "health": health.value}
+        if model is not None:
+            fields |= {**asdict(model), "kv_cache_tokens": _kv_cache_tokens(model)}
         typer.echo(json.dumps(fields, indent=2, ensure_ascii=False))
+    elif model is None:
+        typer.echo(health.value.replace("_", " "))
     else:
         typer.echo(_table(connection.server, model, health))
     if health is not HealthStatus.SERVING:

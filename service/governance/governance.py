@@ -62,10 +62,14 @@ class GovernanceSettings:
 
 @dataclass(frozen=True, slots=True)
 class ReloadResult:
-    """What became of a reload; where it is not ok, the policy before it goes on."""
+    """What became of a reload; where it is not ok, the policy before it goes on.
+
+    changed  the policy read says something else than the one before it
+    """
 
     ok: bool
     message: str
+    changed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,7 +166,7 @@ class Governance:
             self._policy = policy
         message = f"{len(policy.rules)} rules" + ("" if changed else ", as before")
         logger.info("governance: policy read", rules=len(policy.rules), changed=changed)
-        return ReloadResult(True, message)
+        return ReloadResult(True, message, changed)
 
     async def judge(
         self,

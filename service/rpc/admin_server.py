@@ -45,7 +45,7 @@ class AdminServer:
         config = self._config
         access = self._server.access
         if config.admin_port is not None:
-            guarded = self._new_server(access.interceptors({ADMIN_SERVICE_NAME: "admin"}))
+            guarded = self._new_server(access.for_administration(ADMIN_SERVICE_NAME))
             self.port = listen.bind_to(
                 guarded, config.admin_host, config.admin_port, access.credentials(), "--admin-port"
             )

@@ -42,6 +42,8 @@ logger = get_logger(__name__)
 _FLUSH_S = 1.0
 _STEP_S = 30.0
 _POLL_S, _QUIET_POLLS = 0.02, 3
+# Times max_concurrent_rpcs: with that many of our service, as many others are let in.
+_RPCS_OF_ANY_KIND = 2
 
 
 class Server:
@@ -111,6 +113,9 @@ class Server:
         server = grpc.aio.server(
             interceptors=[self._rpcs, *self._access.for_callers(SERVICE_NAME)],
             options=listen.channel_options(self.config),
+            # The interceptor counts those of our service whose request is there, and names the
+            # setting. This bounds the rest, too: probes, reflection, and headers without a request.
+            maximum_concurrent_rpcs=_RPCS_OF_ANY_KIND * self.config.max_concurrent_rpcs,
         )
         pb_grpc.add_TextGenerationServicer_to_server(self._servicer, server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
@@ -242,8 +247,11 @@ class Server:
         results = await self.access.reload()
         if self.governance is not None:
             read = await asyncio.to_thread(self.governance.reload)
-            outcome = Outcome.RELOADED if read.ok else Outcome.REFUSED
-            results.append(Reloaded("policy", outcome, "" if read.ok else read.message))
+            if not read.ok:
+                results.append(Reloaded("policy", Outcome.REFUSED, read.message))
+            else:
+                outcome = Outcome.RELOADED if read.changed else Outcome.UNCHANGED
+                results.append(Reloaded("policy", outcome))
         return results
 
     def ask_to_stop(self, grace_s: float | None) -> float:

@@ -112,20 +112,28 @@ class AccessControl:
         # Why the files on disk are not those in use, by kind.
         self.refused: dict[str, str] = {}
         self._reloading = asyncio.Lock()
+        self._reloads: set[asyncio.Task[list[Reloaded]]] = set()
         self._watching: asyncio.Task[None] | None = None
         self._warned_of: datetime | None = None
 
     def for_callers(self, service: str) -> list[grpc.aio.ServerInterceptor]:
         """In front of the port where callers connect; `service` is ours there."""
         open_services = frozenset({_HEALTH_SERVICE} if self._config.open_health else ())
-        return self.interceptors({service: "generate"}, open_services=open_services)
+        return self._interceptors({service: "generate"}, open_services, with_quotas=True)
+
+    def for_administration(self, service: str) -> list[grpc.aio.ServerInterceptor]:
+        """In front of the administration port; `service` is ours there.
+
+        Without quotas: whoever looks into a token that has used up its own must get in.
+        """
+        return self._interceptors({service: "admin"}, frozenset(), with_quotas=False)
 
     def credentials(self) -> grpc.ServerCredentials | None:
         """For one listening port; None: plain text."""
         return None if self.certificates is None else self.certificates.credentials()
 
-    def interceptors(
-        self, scopes: Mapping[str, Scope], *, open_services: frozenset[str] = frozenset()
+    def _interceptors(
+        self, scopes: Mapping[str, Scope], open_services: frozenset[str], *, with_quotas: bool
     ) -> list[grpc.aio.ServerInterceptor]:
         """What stands in front of services that ask for these scopes: nothing without tokens."""
         if self.tokens is None:
@@ -135,7 +143,7 @@ class AccessControl:
                 self.tokens.authenticate,
                 scopes,
                 open_services=open_services,
-                quotas=self.tokens.quotas,
+                quotas=self.tokens.quotas if with_quotas else None,
                 on_refused=self._on_refused,
             )
         ]
@@ -163,9 +171,23 @@ class AccessControl:
         if watching is not None:
             watching.cancel()
             await asyncio.gather(watching, return_exceptions=True)
+        reloads = list(self._reloads)
+        for task in reloads:
+            task.cancel()
+        await asyncio.gather(*reloads, return_exceptions=True)
 
     async def reload(self) -> list[Reloaded]:
-        """Look at every file now. Never raises: what cannot be used is told, logged and left."""
+        """Look at every file now. Never raises: what cannot be used is told, logged and left.
+
+        Goes on where the caller is cancelled: the thread would put the new tokens in use all the
+        same, and nobody would have the quotas follow them.
+        """
+        task = asyncio.create_task(self._reload_all())
+        self._reloads.add(task)
+        task.add_done_callback(self._reloads.discard)
+        return await asyncio.shield(task)
+
+    async def _reload_all(self) -> list[Reloaded]:
         async with self._reloading:
             results = []
             for reloadable in (self.certificates, self.tokens):

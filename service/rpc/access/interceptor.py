@@ -80,8 +80,9 @@ class AccessInterceptor(grpc.aio.ServerInterceptor):
     quotas        counts the RPCs of the services in `scopes`; None: without limits
     on_refused    called with each RPC that is refused for want of a token or a right
 
-    An RPC without a good token is refused before anything of its request is read. Stands behind the
-    RequestInterceptor, whose record it fills in.
+    An RPC without a good token is refused before anything of its request is read. One with a good
+    token is asked again when its request is there: a caller may send the headers long before it.
+    Stands behind the RequestInterceptor, whose record it fills in.
     """
 
     def __init__(
@@ -107,19 +108,24 @@ class AccessInterceptor(grpc.aio.ServerInterceptor):
         service = method.removeprefix("/").rpartition("/")[0]
         if service in self._open_services:
             return await continuation(handler_call_details)
+        # The types call it metadata of call credentials; it is what the caller sent.
+        shown: Any = handler_call_details.invocation_metadata or ()
+        scope = self._scopes.get(service)
         try:
-            # The types call it metadata of call credentials; it is what the caller sent.
-            shown: Any = handler_call_details.invocation_metadata or ()
-            token = self._authenticate(shown, datetime.now(UTC))
-            scope = self._scopes.get(service)
-            if scope is not None:
-                token.require(scope)
+            self._let_in(shown, scope)
         except (UnauthenticatedError, PermissionDeniedError) as error:
             return self._refusing(method, error)
         handler: _Handler | None = await continuation(handler_call_details)
-        if handler is None or service not in self._scopes:
+        # Reflection, the one service whose requests stream, shows the public contract and no more.
+        if handler is None or (scope is None and handler.request_streaming):
             return handler
-        return self._counting(handler, token)
+        return self._checking(handler, shown, scope)
+
+    def _let_in(self, shown: Any, scope: Scope | None) -> Token:
+        token = self._authenticate(shown, datetime.now(UTC))
+        if scope is not None:
+            token.require(scope)
+        return token
 
     def _refusing(self, method: str, error: EngineError) -> Any:
         """A handler that takes every kind of RPC, as it reads no request before it answers."""
@@ -136,17 +142,19 @@ class AccessInterceptor(grpc.aio.ServerInterceptor):
 
         return grpc.stream_stream_rpc_method_handler(refuse)
 
-    def _counting(self, handler: _Handler, token: Token) -> Any:
-        """`handler`, within the token's quotas.
+    def _checking(self, handler: _Handler, shown: Any, scope: Scope | None) -> Any:
+        """`handler`, if the token is still good, and within its quotas where it needs a scope.
 
-        They are taken when the RPC runs and not when its handler is looked up: in between it can be
-        cancelled, and nobody would give them back.
+        Both are asked when the RPC runs and not when its handler is looked up. In between lies as
+        long as the caller likes, and the token may be revoked or expire, or lose its scope. And the
+        RPC can be cancelled, and nobody would give the quotas back.
         """
-        quotas = self._quotas
+        quotas = None if scope is None else self._quotas
         streams = handler.response_streaming
         behaviour = _behaviour_of(handler)
 
         async def serve(request: Any, context: _Context) -> Any:
+            token = self._let_in(shown, scope)
             _note_caller(token)
             if quotas is None:
                 return await _run(behaviour, request, context)

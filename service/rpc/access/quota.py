@@ -4,10 +4,15 @@ A quota a minute is a token bucket (Turner 1986): it holds a minute's worth, is 
 refills evenly. So over any t seconds a token gets at most limit * (1 + t / 60), and a pause is
 worth one minute at most.
 
-A request reserves the most tokens it can come to (prompt + n * max_new_tokens) before it is queued,
-and what it did not use goes back when it ends, however it ends. So a limit is never overrun, and
-never charged for what a cancelled or failed request did not get. All of it is counted in whole
-nanoseconds times tokens: nothing is lost to rounding.
+A request reserves the most tokens it can come to (prompt + n * max_new_tokens; for Score all that
+it computes) before it is queued, and what it did not use goes back when it ends, however it ends.
+So a limit is never overrun. A prompt, and all of a Score, count as used once the engine has queued
+the request, and a generated token once the RPC has taken it from the engine. So what is refused
+costs nothing; what is cancelled or fails later costs its prompt, or the whole Score, even if it was
+still waiting, and no token that was not there by then. All of it is counted in whole nanoseconds
+times tokens: nothing is lost to rounding.
+
+Administration is not counted.
 
 Everything here belongs to the event loop's thread. Nothing awaits between taking a place and the
 `try` that gives it back, so no cancellation can come in between.

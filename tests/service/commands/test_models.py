@@ -6,6 +6,7 @@ import asyncio
 import json
 import re
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Any
 
 from typer.testing import Result
@@ -15,6 +16,7 @@ from gptjet.service.commands.terminal import ExitCode
 from gptjet.service.engine.tokenizer import ByteTokenizer
 
 Invoke = Callable[..., Awaitable[Result]]
+DOCKERFILE = Path(__file__).parents[3] / "Dockerfile"
 
 
 async def test_the_table_says_what_is_served_and_its_limits(
@@ -70,3 +72,30 @@ async def test_without_a_server_it_ends_with_code_3(invoke: Invoke) -> None:
     result = await invoke("models", "--server", "127.0.0.1:1")
     assert result.exit_code == ExitCode.UNREACHABLE
     assert "no server answers at 127.0.0.1:1" in result.stderr
+
+
+async def test_health_alone_needs_no_token_where_health_is_open(
+    start_server: Any, invoke: Invoke, tmp_path: Path
+) -> None:
+    """What the image's HEALTHCHECK runs, against a server that asks everybody else for a token."""
+    (check,) = re.findall(r"HEALTHCHECK .*\\\n +CMD (\[.*\])", DOCKERFILE.read_text("utf-8"))
+    program, *arguments = json.loads(check)
+    assert program == "gptjet"
+    assert (await invoke("tokens", "create", "web", "--file", str(tmp_path / "t"))).exit_code == 0
+    settings = {"tokens_file": tmp_path / "t", "attach": False}
+    running = await start_server(open_health=True, **settings)
+    closed = await start_server(**settings)
+
+    async def probe(server: Any, *more: str) -> Result:
+        return await invoke(*arguments, *more, env={"GPTJET_SERVER": server.target})
+
+    loading = await probe(running)
+    assert (loading.exit_code, loading.stdout) == (ExitCode.REFUSED, "not serving\n")
+    await running.server.attach(MockBackend(), ByteTokenizer())
+    serving = await probe(running)
+    assert (serving.exit_code, serving.stdout) == (ExitCode.OK, "serving\n")
+    fields = json.loads((await probe(running, "--json")).stdout)
+    assert fields == {"server": running.target, "health": "serving"}
+    refused = await probe(closed)
+    assert refused.exit_code == ExitCode.REFUSED
+    assert "a bearer token is needed" in refused.stderr

@@ -20,7 +20,7 @@ import pytest
 from gptjet.proto.v1 import admin_pb2 as pb
 from gptjet.proto.v1 import admin_pb2_grpc as pb_grpc
 from gptjet.service.backends.mock import MockBackend
-from gptjet.service.client import Client, HealthStatus, UnavailableError
+from gptjet.service.client import Client, HealthStatus, QuotaExceededError, UnavailableError
 from gptjet.service.client_admin import AdminClient
 from gptjet.service.config import ConfigError, ServerConfig, load_config
 from gptjet.service.rpc.access.tokens import new_token
@@ -230,6 +230,26 @@ async def test_status_says_what_runs_and_who_uses_it(
         status = await admin("GetStatus", pb.GetStatusRequest())
         assert status.tokens_refused == files.reason
         assert len(status.tokens) == 2
+
+
+async def test_administration_is_not_under_the_quotas_of_callers(
+    start_server: Any, tmp_path: Path
+) -> None:
+    """Else a limit for every token locks out whoever would raise it."""
+    token = add_token(tmp_path / "t", "op", scopes=["generate", "admin"], requests_per_minute=1)
+    running = await start_server(
+        tokens_file=tmp_path / "t", admin_port=0, token_concurrent_streams=1
+    )
+    client = running.new_client(token=token, retry=None)
+    stream = client.generate_stream("abc", max_new_tokens=400)
+    await anext(stream)
+    async with Admin(f"127.0.0.1:{running.server.admin_port}", token) as admin:
+        for _ in range(3):
+            (status,) = (await admin("GetStatus", pb.GetStatusRequest())).tokens
+            assert (status.requests_left, status.concurrent_streams) == (0, 1)
+    with pytest.raises(QuotaExceededError):
+        await client.get_model()
+    stream.cancel()
 
 
 @pytest.fixture

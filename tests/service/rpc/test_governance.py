@@ -12,6 +12,7 @@ import grpc
 import pytest
 from google.rpc import error_details_pb2, status_pb2
 
+from gptjet.proto.v1 import admin_pb2, admin_pb2_grpc
 from gptjet.proto.v1 import text_generation_pb2 as pb
 from gptjet.proto.v1 import text_generation_pb2_grpc as pb_grpc
 from gptjet.service.backends.mock import MockBackend
@@ -19,7 +20,7 @@ from gptjet.service.client import FinishReason, PolicyBlockedError, UnavailableE
 from gptjet.service.config import ServerConfig
 from gptjet.service.engine.tokenizer import ByteTokenizer
 from gptjet.service.governance.audit import read_log
-from gptjet.service.governance.governance import GovernanceError
+from gptjet.service.governance.governance import Governance, GovernanceError
 from gptjet.service.governance.review import ReviewQueue
 from gptjet.service.rpc.server import Server
 
@@ -374,6 +375,29 @@ async def test_a_changed_policy_file_is_in_force_soon_and_a_bad_one_is_not(
     running.policy.write_text(RULES.replace('"fgh"', '"xyz"'))
     await running.until(lambda: governance.policy is not before)
     assert (await running.client.generate("abc", max_new_tokens=8)).text == "defghijk"
+
+
+async def test_an_administrators_reload_says_whether_the_policy_is_another(
+    start_governed: StartGoverned, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Else the server may see the change first, and a reload would find it in use.
+    monkeypatch.setattr(Governance, "_reload_if_changed", lambda self: None)
+    running = await start_governed(admin_socket=tmp_path / "a")
+
+    async def reload() -> tuple[str, str, str]:
+        async with grpc.aio.insecure_channel(f"unix:{tmp_path / 'a'}") as channel:
+            stub: Any = admin_pb2_grpc.AdminStub(channel)
+            (files,) = (await stub.Reload(admin_pb2.ReloadRequest(), timeout=20)).files
+        return files.kind, admin_pb2.ReloadedFiles.Outcome.Name(files.outcome), files.reason
+
+    assert await reload() == ("policy", "OUTCOME_UNCHANGED", "")
+    running.policy.write_text(RULES.replace('"fgh"', '"xyz"'))
+    assert await reload() == ("policy", "OUTCOME_RELOADED", "")
+    assert await reload() == ("policy", "OUTCOME_UNCHANGED", "")
+    running.policy.write_text("version = 3")
+    kind, outcome, reason = await reload()
+    assert (kind, outcome) == ("policy", "OUTCOME_REFUSED")
+    assert "version" in reason
 
 
 async def test_a_running_stream_keeps_the_policy_it_began_with(

@@ -128,6 +128,47 @@ async def test_one_call_too_many_is_refused_by_name_and_probes_are_answered(
     await running.client.get_model()
 
 
+@pytest.mark.parametrize("kind", ["health watches", "headers without a request"])
+async def test_calls_of_every_kind_are_bounded_by_twice_the_setting(
+    start_server: StartServer, kind: str
+) -> None:
+    running = await start_server(max_concurrent_rpcs=2)
+    async with grpc.aio.insecure_channel(running.target) as channel:
+        stub: Any = health_pb2_grpc.HealthStub(channel)
+        held: list[Any] = []
+
+        async def hold() -> None:
+            if kind == "health watches":
+                held.append(stub.Watch(health_pb2.HealthCheckRequest()))
+                assert (await held[-1].read()).status == health_pb2.HealthCheckResponse.SERVING
+            else:
+                held.append(channel.stream_stream("/gptjet.v1.TextGeneration/Generate")())
+
+        async def code() -> grpc.StatusCode:
+            try:
+                await stub.Check(health_pb2.HealthCheckRequest())
+            except grpc.aio.AioRpcError as error:
+                return error.code()
+            return grpc.StatusCode.OK
+
+        async def until(wanted: grpc.StatusCode) -> None:
+            async with asyncio.timeout(20):
+                while await code() is not wanted:
+                    await asyncio.sleep(0.02)
+
+        for _ in range(3):
+            await hold()
+        await asyncio.sleep(0.2)  # nothing says when mere headers are there
+        assert await code() is grpc.StatusCode.OK
+        await hold()
+        await until(grpc.StatusCode.RESOURCE_EXHAUSTED)
+        held[0].cancel()
+        await until(grpc.StatusCode.OK)
+        for call in held:
+            call.cancel()
+    await running.client.get_model()
+
+
 async def test_calls_beyond_a_connections_streams_wait_and_are_served(
     start_server: StartServer,
 ) -> None:

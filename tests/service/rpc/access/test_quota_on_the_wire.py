@@ -253,6 +253,38 @@ async def test_what_the_engine_refuses_gets_its_reservation_back(guarded: Any) -
     assert server.quota.tokens_left == 1000 - 6 - sum(line["output_tokens"] for line in lines)
 
 
+async def test_what_is_cancelled_while_it_waits_costs_its_prompt_or_the_whole_score(
+    guarded: Any,
+) -> None:
+    """As quota.py says: work that a caller queues and drops is not free."""
+    server = await guarded(
+        {"tokens_per_minute": 1000},
+        backend=MockBackend(decode_ms=5, max_sequences=1),
+        max_sequences=1,
+    )
+    other = server.running.server
+    stream = server.client.generate_stream("abc", max_new_tokens=400)
+    await anext(stream)
+    for cost, call in (
+        (4, server.client.generate("abcd", max_new_tokens=300)),
+        (2 + 3, server.client.score("ab", ["c", "de"])),
+    ):
+        in_flight, before = server.quota.in_flight, _used(server)
+        task = asyncio.create_task(call)
+        await server.running.until(lambda: other.waiting == 1)
+        task.cancel()
+        await server.running.until(lambda n=in_flight: server.quota.in_flight == n)
+        assert _used(server) - before == cost
+        await server.running.until(lambda: other.waiting == 0)
+    stream.cancel()
+    await server.until_idle()
+
+
+def _used(server: Any) -> int:
+    """Tokens charged beside those of the stream that runs, which has reserved its own."""
+    return 1000 - 403 - server.quota.tokens_left
+
+
 async def test_random_traffic_leaks_no_place_and_is_charged_what_it_got(guarded: Any) -> None:
     """200 requests that finish, are cancelled, time out or are refused, at random; then the log's
     own counts, which nothing of the quotas writes, say what must be left."""

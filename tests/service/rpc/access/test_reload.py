@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 import ssl
+import threading
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 from cryptography import x509
 
+from gptjet.proto.v1 import text_generation_pb2 as pb
 from gptjet.service.backends.mock import MockBackend
 from gptjet.service.client import (
     AsyncClient,
@@ -21,7 +25,7 @@ from gptjet.service.client import (
     UnavailableError,
 )
 from gptjet.service.config import ServerConfig
-from gptjet.service.rpc.access.control import Outcome
+from gptjet.service.rpc.access.control import Outcome, Tokens
 from gptjet.service.rpc.access.tokens_file import editing
 from gptjet.service.rpc.listen import ListenError
 from gptjet.service.rpc.server import Server
@@ -269,6 +273,98 @@ async def test_a_token_ends_by_the_clock_without_a_look_at_the_file(
 
     with pytest.raises(UnauthenticatedError, match="the token expired at"):
         await asyncio.wait_for(call_for_ever(), 20)
+
+
+@pytest.mark.parametrize(
+    "method", ["gptjet.v1.TextGeneration/Generate", "grpc.health.v1.Health/Check"]
+)
+@pytest.mark.parametrize("change", ["revoked", "expired", "without the scope"])
+async def test_a_call_opened_before_its_token_ended_is_not_served(
+    start_server: Any,
+    tokens_file: Path,
+    make_token: MakeToken,
+    monkeypatch: pytest.MonkeyPatch,
+    method: str,
+    change: str,
+) -> None:
+    """The headers come while the token is good, the request when it is no longer."""
+    seen = 0
+    authenticate = Tokens.authenticate
+
+    def counting(*arguments: Any) -> Any:
+        nonlocal seen
+        seen += 1
+        return authenticate(*arguments)
+
+    monkeypatch.setattr(Tokens, "authenticate", counting)
+    token = make_token("web")
+    running = await start_server(tokens_file=tokens_file, access_reload_s=NEVER_S)
+    async with grpc.aio.insecure_channel(running.target) as channel:
+        call: Any = channel.stream_stream(f"/{method}")(
+            metadata=(("authorization", f"Bearer {token}"),), timeout=20
+        )
+        await running.until(lambda: seen == 1)
+        now = datetime.now(UTC)
+        changes = {
+            "revoked": {"revoked": now},
+            "expired": {"expires": now},
+            "without the scope": {"scopes": ["admin"]},
+        }
+        with editing(tokens_file) as tokens:
+            tokens[0] = tokens[0].model_copy(update=changes[change])
+        await running.server.access.reload()
+        is_generate = method.endswith("Generate")
+        await call.write(pb.GenerateRequest(text="a").SerializeToString() if is_generate else b"")
+        await call.done_writing()
+        with contextlib.suppress(grpc.RpcError):
+            while await call.read() is not grpc.aio.EOF:
+                pass
+        code = await call.code()
+    if change == "without the scope":
+        # Health asks for a good token and no scope.
+        expected = grpc.StatusCode.PERMISSION_DENIED if is_generate else grpc.StatusCode.OK
+    else:
+        expected = grpc.StatusCode.UNAUTHENTICATED
+    assert code is expected
+    if is_generate:
+        line = await running.request_line(method="Generate")
+        assert line["code"] == expected.name
+        assert "prompt_tokens" not in line
+
+
+async def test_a_reload_that_its_caller_cancels_changes_the_limits_all_the_same(
+    start_server: Any,
+    tokens_file: Path,
+    make_token: MakeToken,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    token = make_token("web", requests_per_minute=1000)
+    running = await start_server(tokens_file=tokens_file, access_reload_s=NEVER_S)
+    await running.new_client(token=token, retry=None).get_model()
+    access = running.server.access
+    quota = access.tokens.quotas.quota_of(access.tokens.tokens.token[0])
+    with editing(tokens_file) as tokens:
+        tokens[0] = tokens[0].model_copy(update={"requests_per_minute": 5})
+    reading, go_on = threading.Event(), threading.Event()
+    reload = Tokens.reload
+
+    def slow(self: Tokens) -> bool:
+        reading.set()
+        assert go_on.wait(20)
+        return reload(self)
+
+    monkeypatch.setattr(Tokens, "reload", slow)
+    asked = asyncio.create_task(running.server.reload())
+    await running.until(reading.is_set)
+    asked.cancel()
+    await asyncio.gather(asked, return_exceptions=True)
+    assert asked.cancelled()
+    go_on.set()
+    await running.until(lambda: access.tokens.tokens.token[0].requests_per_minute == 5)
+    await running.until(lambda: quota.limits.requests_per_minute == 5)
+    # The next reload finds nothing new, and so could not make up for it.
+    (result,) = await access.reload()
+    assert result.outcome is Outcome.UNCHANGED
 
 
 @pytest.mark.parametrize(
