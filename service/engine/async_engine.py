@@ -10,7 +10,7 @@ import uuid
 from typing import TYPE_CHECKING
 
 from gptjet.service.engine.admission import Admission, tokens_of, tokens_of_score
-from gptjet.service.engine.endings import ended, refusal, refused_score
+from gptjet.service.engine.endings import ended, log_failure, refusal, refused_score
 from gptjet.service.engine.engine import Engine
 from gptjet.service.engine.errors import (
     EngineError,
@@ -304,7 +304,22 @@ class AsyncEngine:
         except Exception as error:  # noqa: BLE001
             # Not a backend's error, those are caught inside: a bug of ours. Nobody may be left
             # waiting for it, so everything in flight is failed by name.
-            return self._engine.fail(None, error)
+            outputs = self._engine.fail(None, error)
+            return outputs + self._lost(outputs, error)
+
+    def _lost(
+        self, outputs: list[tuple[int, RequestOutput]], error: Exception
+    ) -> list[tuple[int, RequestOutput]]:
+        """The ends of requests that ended in a step whose outputs are lost to its error.
+
+        outputs  those of the requests that the engine still knew, and has failed
+        """
+        told_of = {key for key, output in outputs if output.summary is not None}
+        lost = [(key, s.request) for key, s in self._stream_of.items() if key not in told_of]
+        if not lost:
+            return []
+        told = log_failure(error, [request.request_id for _, request in lost])
+        return [(key, ended(request, told)) for key, request in lost]
 
     def _check_health(self) -> None:
         failed = self._engine.guard.num_failed_steps

@@ -149,6 +149,33 @@ async def test_a_bug_that_ends_the_thread_between_steps_is_told_too(
     await engine.stop()
 
 
+async def test_a_bug_in_a_step_that_ended_a_request_leaves_nobody_waiting(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The engine knows that request no more, and the outputs of the step are lost."""
+    engine = await start(MockBackend(decode_ms=1))
+    advance = engine.engine._advance
+
+    def broken() -> Any:
+        outputs = advance()
+        if any(output.summary is not None for _, output in outputs):
+            raise KeyError("a bug where none can be")
+        return outputs
+
+    monkeypatch.setattr(engine.engine, "_advance", broken)
+    long, short = (engine.submit(request(max_new_tokens=length)) for length in (400, 3))
+    for stream in (short, long):
+        error = await end_of(stream)
+        assert isinstance(error, EngineStepError)
+        assert error.error_id in caplog.text
+    assert (engine.num_running, engine.num_waiting) == (0, 0)
+    assert engine._admission.tokens_in_flight == 0
+    assert (engine._stream_of, engine._key_of) == ({}, {})
+    monkeypatch.undo()
+    assert await end_of(engine.submit(request())) is None
+    await engine.stop()
+
+
 async def test_a_device_that_fails_every_step_fails_the_engine() -> None:
     engine = await start(FaultyMockBackend(MockSettings(fail_from_step=1)), max_failed_steps=3)
     for _ in range(2):
