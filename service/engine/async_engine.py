@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
     from gptjet.service.engine.backend import Backend, BackendSpec
     from gptjet.service.engine.config import EngineConfig
+    from gptjet.service.engine.faults import Outputs
     from gptjet.service.engine.observer import RequestObserver, StepObserver
     from gptjet.service.engine.score import ScoreRequest
     from gptjet.service.engine.tokenizer import Tokenizer
@@ -203,6 +204,8 @@ class AsyncEngine:
         self._inbox.put(lambda: self._cancel_score_in_thread(call, reason))
 
     def _end_score(self, call: ScoreCall, outcome: ScoreOutcome) -> None:
+        if self.failure is not None:  # it has been told, and counted, by `_fail`
+            return
         self._watch.score_ended(call.request, outcome)
         call.deliver(outcome)
         self._admission.end(call)
@@ -211,6 +214,8 @@ class AsyncEngine:
         self._inbox.put(lambda: self._cancel_in_thread(stream, reason))
 
     def _deliver(self, outputs: list[tuple[RequestStream, RequestOutput]]) -> None:
+        if self.failure is not None:  # a step that hung has ended after all: see `_end_score`
+            return
         for stream, output in outputs:
             self._admission.start(stream)
             if output.summary is not None:
@@ -298,7 +303,7 @@ class AsyncEngine:
         except queue.Empty:
             return True
 
-    def _step(self) -> list[tuple[int, RequestOutput]]:
+    def _step(self) -> Outputs:
         try:
             return self._engine.step()
         except Exception as error:  # noqa: BLE001
@@ -307,9 +312,7 @@ class AsyncEngine:
             outputs = self._engine.fail(None, error)
             return outputs + self._lost(outputs, error)
 
-    def _lost(
-        self, outputs: list[tuple[int, RequestOutput]], error: Exception
-    ) -> list[tuple[int, RequestOutput]]:
+    def _lost(self, outputs: Outputs, error: Exception) -> Outputs:
         """The ends of requests that ended in a step whose outputs are lost to its error.
 
         outputs  those of the requests that the engine still knew, and has failed
@@ -328,7 +331,7 @@ class AsyncEngine:
                 f"{failed} steps in a row have failed (max_failed_steps)"
             )
 
-    def _publish(self, outputs: list[tuple[int, RequestOutput]]) -> None:
+    def _publish(self, outputs: Outputs) -> None:
         if not outputs:
             return
         addressed = []

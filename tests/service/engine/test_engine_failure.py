@@ -21,9 +21,15 @@ from gptjet.service.engine.errors import (
     QueueTimeError,
     TokensInFlightError,
 )
-from gptjet.service.engine.request import FinishReason, Request, SamplingParams, new_request
+from gptjet.service.engine.request import (
+    FinishReason,
+    Request,
+    RequestSummary,
+    SamplingParams,
+    new_request,
+)
 from gptjet.service.engine.request_stream import RequestStream
-from gptjet.service.engine.score import ScoreRequest, new_score_request
+from gptjet.service.engine.score import ScoreOutcome, ScoreRequest, new_score_request
 from gptjet.service.engine.tokenizer import ByteTokenizer
 
 PATIENCE_S = 20.0
@@ -94,6 +100,42 @@ async def test_a_hung_step_is_told_to_all_callers_and_what_it_says_later_to_none
     async with asyncio.timeout(PATIENCE_S):
         await engine.stop()
     assert [output async for output in running] == []
+
+
+class Ends:
+    """Counts what ends."""
+
+    def __init__(self) -> None:
+        self.reasons: list[FinishReason | None] = []
+
+    def request_ended(self, _request: Request, summary: RequestSummary) -> None:
+        self.reasons += [sequence.finish_reason for sequence in summary.sequences]
+
+    def score_ended(self, _request: ScoreRequest, outcome: ScoreOutcome) -> None:
+        self.reasons.append(outcome.finish_reason)
+
+
+async def test_what_ends_after_its_engine_has_failed_is_counted_once() -> None:
+    backend, ends = HangingBackend(decode_ms=1), Ends()
+    engine = AsyncEngine(
+        backend, ByteTokenizer(), EngineConfig(step_timeout_s=0.3), request_observers=(ends,)
+    )
+    await engine.start()
+    running = engine.submit(request(max_new_tokens=20))
+    await anext(running)
+    backend.hang.set()
+    scoring = engine.submit_score(score_request())
+    assert isinstance(await end_of(running), EngineStepError)
+    assert (await scoring.outcome()).error is not None
+    backend.hang.clear()
+    backend.go_on.set()
+    async with asyncio.timeout(PATIENCE_S):
+        while engine.engine.has_work:
+            await asyncio.sleep(0.01)
+        await engine.stop()
+    await asyncio.sleep(0.1)  # for what the thread has said last
+    assert ends.reasons == [FinishReason.ERROR] * 2
+    assert engine._admission.tokens_in_flight == 0
 
 
 async def test_a_hung_engine_can_be_stopped() -> None:
