@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import time
 from typing import Any
 
@@ -77,7 +78,7 @@ class Server:
         self._access: AccessControl | None = None
         self._refusals = RefusalLog()
         self._admin = AdminServer(config, self)
-        self._wrote_port_file = False
+        self._port_file: os.stat_result | None = None
         self._started_s = time.monotonic()
         self._draining = False
         # Set when it has been told to stop other than by a signal; whoever runs it waits for this.
@@ -122,8 +123,7 @@ class Server:
         self._grpc = server
         await server.start()
         if self.config.port_file is not None:
-            listen.write_port_file(self.config.port_file, self.port)
-            self._wrote_port_file = True
+            self._port_file = listen.write_port_file(self.config.port_file, self.port)
         logger.info(
             "listening",
             address=listen.address(self.config.host, self.port),
@@ -203,8 +203,8 @@ class Server:
             self._watching_engine.cancel()
         if self.governance is not None:
             await asyncio.to_thread(self.governance.close)
-        if self._wrote_port_file and self.config.port_file is not None:
-            listen.remove_port_file(self.config.port_file)
+        if self._port_file is not None and self.config.port_file is not None:
+            listen.remove_port_file(self.config.port_file, self._port_file)
         return ended
 
     # --- what its administrator sees and does ---
