@@ -222,8 +222,9 @@ class Server:
 
     @property
     def state(self) -> str:
-        """ "loading", "serving" or "draining"."""
-        if self._draining or self.stop_asked.is_set():
+        """ "loading", "serving" or "draining", as does one whose engine has failed for good."""
+        has_failed = self.engine is not None and self.engine.failure is not None
+        if self._draining or self.stop_asked.is_set() or has_failed:
             return "draining"
         return "loading" if self.engine is None else "serving"
 
@@ -316,5 +317,5 @@ class Server:
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._rpcs.idle.wait(), left_s)
         await engine.stop()
-        logger.info("drained", all_finished=finished)
+        logger.info("drained", all_finished=finished and engine.failure is None)
         return True
