@@ -239,7 +239,12 @@ class Server:
         return 0 if self.engine is None else self.engine.num_waiting
 
     async def reload(self) -> list[Reloaded]:
-        """Read certificates, tokens and the policy again; what became of each."""
+        """Read certificates, tokens and the policy again; what became of each.
+
+        Nothing before `start`, which reads them.
+        """
+        if self._access is None:
+            return []
         results = await self.access.reload()
         if self.governance is not None:
             read = await asyncio.to_thread(self.governance.reload)
