@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import queue
 import threading
@@ -72,6 +73,7 @@ class AsyncEngine:
         self._admission: Admission[RequestStream | ScoreCall]
         self._admission = Admission(self._engine.config, self._give_up)
         self._watchdog = Watchdog(self._engine.config.step_timeout_s, self._on_hung)
+        self._ended = asyncio.Event()  # the thread has
         self.failed = asyncio.Event()
         self.failure: str | None = None
         # These three belong to the engine thread.
@@ -183,7 +185,9 @@ class AsyncEngine:
         if thread is not None:
             self._inbox.put(None)
             if self.failure is None:
-                await asyncio.to_thread(thread.join)
+                # No thread of asyncio's waits: one who gives up would wait for that at the end.
+                await self._ended.wait()
+                thread.join()
 
     # --- event loop side ---
 
@@ -250,6 +254,13 @@ class AsyncEngine:
     def _run(self, warmed_up: asyncio.Future[None]) -> None:
         loop = self._loop
         assert loop is not None
+        try:
+            self._work(loop, warmed_up)
+        finally:
+            with contextlib.suppress(RuntimeError):  # the loop has closed
+                loop.call_soon_threadsafe(self._ended.set)
+
+    def _work(self, loop: asyncio.AbstractEventLoop, warmed_up: asyncio.Future[None]) -> None:
 
         def tell(error: Exception | None) -> None:
             if warmed_up.done():  # `start` was cancelled

@@ -177,35 +177,55 @@ class Server:
         """Refuse new requests, let running ones finish within `grace_s`, then stop.
 
         With reuse_port nothing is refused while another server may take it: see `_hand_over`.
-        Returns False if a step of the backend did not end, so that its thread is still alive.
+        Returns False if a step of the backend did not end, or the backend did not close, so that
+        its thread is still alive. Raises what a part of the server raises, once all have stopped.
         """
         grace_s = self._grace_s if grace_s is None else grace_s
         self._draining = True
-        is_shared = self.config.reuse_port and self._grpc is not None
-        if is_shared and grace_s and not self.failed.is_set():
-            grace_s = await self._hand_over(grace_s)
-        self._health.set_status(health.NOT_SERVING)
-        self._servicer.refuse("the server is draining: it takes no new requests")
-        ended = True
-        if self.engine is not None:
-            ended = await self._drain_engine(self.engine, grace_s)
+        # What is left to do is done whatever raises before it; the last in the list is the first.
+        async with contextlib.AsyncExitStack() as left:
+            left.callback(self._remove_port_file)
+            left.push_async_callback(self._close_governance)
+            left.callback(self._stop_watching_engine)
+            left.push_async_callback(self._stop_access)
+            left.push_async_callback(self._admin.stop)
+            left.push_async_callback(self.observability.close)
+            left.push_async_callback(self._stop_grpc)
+            left.callback(self._health.end_watches)
+            left.callback(self._close_codec)
+            is_shared = self.config.reuse_port and self._grpc is not None
+            if is_shared and grace_s and not self.failed.is_set():
+                grace_s = await self._hand_over(grace_s)
+            self._health.set_status(health.NOT_SERVING)
+            self._servicer.refuse("the server is draining: it takes no new requests")
+            if self.engine is None:
+                return True
+            return await self._drain_engine(self.engine, grace_s)
+
+    def _close_codec(self) -> None:
         if self._codec is not None:
             self._codec.close()
-        self._health.end_watches()
+
+    async def _stop_grpc(self) -> None:
         if self._grpc is not None:
             await self._close_connections()
             await self._grpc.stop(_FLUSH_S)
-        await self.observability.close()
-        await self._admin.stop()
+
+    async def _stop_access(self) -> None:
         if self._access is not None:
             await self._access.stop()
+
+    def _stop_watching_engine(self) -> None:
         if self._watching_engine is not None:
             self._watching_engine.cancel()
+
+    async def _close_governance(self) -> None:
         if self.governance is not None:
             await asyncio.to_thread(self.governance.close)
+
+    def _remove_port_file(self) -> None:
         if self._port_file is not None and self.config.port_file is not None:
             listen.remove_port_file(self.config.port_file, self._port_file)
-        return ended
 
     # --- what its administrator sees and does ---
 
@@ -321,6 +341,11 @@ class Server:
         left_s = max(grace_s - (time.monotonic() - started), _FLUSH_S)
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._rpcs.idle.wait(), left_s)
-        await engine.stop()
+        try:
+            async with asyncio.timeout(_STEP_S):
+                await engine.stop()
+        except TimeoutError:
+            logger.error("the backend does not close", waited_s=_STEP_S)
+            return False
         logger.info("drained", all_finished=finished and engine.failure is None)
         return True

@@ -150,6 +150,27 @@ async def test_a_hung_engine_can_be_stopped() -> None:
     backend.go_on.set()
 
 
+def test_whoever_gives_up_stopping_a_backend_that_does_not_close_can_go() -> None:
+    """And so end a process."""
+    close = threading.Event()
+
+    class Backend(MockBackend):
+        def close(self) -> None:
+            close.wait(PATIENCE_S)
+
+    async def give_up() -> None:
+        engine = await start(Backend())
+        assert await end_of(engine.submit(request())) is None
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.2):
+                await engine.stop()
+
+    asyncio.run(give_up())
+    still_open = any(thread.name == "gptjet-engine" for thread in threading.enumerate())
+    close.set()
+    assert still_open
+
+
 async def test_slow_steps_within_the_timeout_are_left_alone() -> None:
     engine = await start(MockBackend(decode_ms=150), step_timeout_s=1.0)
     assert await end_of(engine.submit(request(max_new_tokens=12))) is None

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,7 +25,9 @@ from gptjet.service.client import (
     UnavailableError,
 )
 from gptjet.service.commands.terminal import ExitCode
+from gptjet.service.observability.setup import Observability
 from gptjet.service.rpc import process
+from gptjet.service.rpc import server as server_module
 
 Serve = Callable[..., Any]
 PATIENCE_S = 20.0
@@ -203,3 +206,40 @@ async def test_a_hang_while_draining_is_not_logged_as_all_finished(
     await draining
     (line,) = (entry for entry in running.logs if entry["event"] == "drained")
     assert line["all_finished"] is False
+
+
+async def test_a_backend_that_does_not_close_does_not_keep_the_server(
+    start_server: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(server_module, "_STEP_S", 0.3)
+    close = threading.Event()
+
+    class Backend(MockBackend):
+        def close(self) -> None:
+            close.wait(PATIENCE_S)
+
+    running = await start_server(backend=Backend(), port_file=tmp_path / "port")
+    assert not await running.server.drain(0.0)
+    assert not close.is_set()
+    close.set()
+    assert "the backend does not close" in [entry["event"] for entry in running.logs]
+    assert list(tmp_path.iterdir()) == []
+
+
+async def test_a_part_that_fails_to_stop_keeps_no_other_from_it(
+    start_server: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    settings = {"port_file": tmp_path / "port", "admin_socket": tmp_path / "admin"}
+    running = await start_server(**settings)
+
+    async def broken(*_: Any) -> Any:
+        raise KeyError("a bug where none can be")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Observability, "close", broken)
+        patch.setattr(running.server, "_drain_engine", broken)
+        with pytest.raises(KeyError):
+            await running.server.drain(0.0)
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(UnavailableError):
+        await running.client.generate("a")
