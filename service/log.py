@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import logging
 import sys
-from typing import TYPE_CHECKING, Literal
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
 
 import structlog
 
 from gptjet.service.log_writer import BackgroundHandler
 
 if TYPE_CHECKING:
-    from structlog.typing import Processor
+    from structlog.typing import EventDict, Processor
 
 LogFormat = Literal["console", "json"]
 
 _STDERR_FD = 2
+# Never a caller's words, and of several lines at times.
+_OURS = ("event", "exception", "stack")
 
 
 def configure_logging(
@@ -92,6 +95,24 @@ def get_logger(name: str) -> structlog.stdlib.BoundLogger:
     return logger
 
 
+@dataclass(frozen=True, slots=True)
+class _Escaped:
+    """A text as Python writes it, whatever is in it: the renderer quotes what has white space."""
+
+    text: str
+
+    def __repr__(self) -> str:
+        return repr(self.text)
+
+
+def _without_controls(_: Any, __: str, event: EventDict) -> EventDict:
+    """Keep control characters out of a terminal: a caller's id must not move the cursor."""
+    for key, value in event.items():
+        if isinstance(value, str) and key not in _OURS and not value.isprintable():
+            event[key] = _Escaped(value)
+    return event
+
+
 def _renderers(log_format: LogFormat) -> list[Processor]:
     if log_format == "json":
         return [
@@ -100,6 +121,7 @@ def _renderers(log_format: LogFormat) -> list[Processor]:
             structlog.processors.JSONRenderer(ensure_ascii=False, default=str),
         ]
     return [
+        _without_controls,
         structlog.dev.ConsoleRenderer(
             colors=sys.stderr.isatty(),
             sort_keys=False,

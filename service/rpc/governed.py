@@ -7,7 +7,6 @@ log-probabilities with their alternatives, the echoed prompt and the stop string
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -75,20 +74,23 @@ class GovernedCall:
         codec: TextCodec,
         *,
         method: str,
-        request_id: str = "",
+        request_id: str,
+        given_id: str = "",
     ) -> None:
+        """`request_id` is what decisions are found by; `given_id` the caller's own words for it,
+        which are judged."""
         self._governance = governance
         self._engine = engine
         self._codec = codec
         self._method = method
-        self.request_id = request_id or uuid.uuid4().hex
-        self._given_id = request_id
+        self._request_id = request_id
+        self._given_id = given_id
 
     async def judge(self, texts: Sequence[FieldText], direction: Direction) -> list[str]:
         """The texts as they may go on."""
         try:
             return await self._governance.judge(
-                texts, direction, request_id=self._id_to_log(), method=self._method
+                texts, direction, request_id=self._request_id, method=self._method
             )
         except BlockedError as error:
             raise _blocked(error) from error
@@ -151,7 +153,7 @@ class GovernedCall:
         """What clears the outputs of an accepted request; None where no rule is about them."""
         policy = self._governance.output(
             self._engine.tokenizer.token_bytes,
-            request_id=self._id_to_log(),
+            request_id=self._request_id,
             method=self._method,
             context="" if request.sampling_params.echo else prompt,
         )
@@ -169,10 +171,6 @@ class GovernedCall:
         if not self._given_id or len(self._given_id) > MAX_REQUEST_ID_LENGTH:
             return []  # a longer one is refused by the engine
         return [FieldText("request_id", self._given_id, rewritable=False, patterns_only=True)]
-
-    def _id_to_log(self) -> str:
-        """A caller's id can be as long as a message may be, until the engine refuses it."""
-        return self.request_id[:MAX_REQUEST_ID_LENGTH]
 
 
 class GovernedOutput:

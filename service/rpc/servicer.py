@@ -130,7 +130,7 @@ class TextGenerationServicer(pb_grpc.TextGenerationServicer):
             deadline_ns=record.deadline_ns,
             trace=record.trace,
         )
-        call_policy = self._governed(engine, codec, domain.request_id)
+        call_policy = self._governed(engine, codec, request.request_id)
         if call_policy is not None:
             domain = await call_policy.score_request(domain)
         if self._config.log_prompts:
@@ -205,17 +205,20 @@ class TextGenerationServicer(pb_grpc.TextGenerationServicer):
         return self._engine, self._codec
 
     def _governed(
-        self, engine: AsyncEngine, codec: TextCodec, request_id: str = ""
+        self, engine: AsyncEngine, codec: TextCodec, given_id: str = ""
     ) -> GovernedCall | None:
         if self._governance is None:
             return None
         record = current_record()
-        call_policy = GovernedCall(
-            self._governance, engine, codec, method=record.method, request_id=request_id
+        return GovernedCall(
+            self._governance,
+            engine,
+            codec,
+            method=record.method,
+            # The log line and the decisions are found by the same id.
+            request_id=record.request_id or "",
+            given_id=given_id,
         )
-        # The log line and the decisions are found by the same id.
-        record.request_id = call_policy.request_id
-        return call_policy
 
     async def _submit(
         self, message: convert.GenerateMessage
@@ -225,10 +228,9 @@ class TextGenerationServicer(pb_grpc.TextGenerationServicer):
         engine, codec = self._ready()
         params = convert.sampling_params_from_pb(message.sampling_params)
         prompt_token_ids = await self._prompt_token_ids(message, engine, codec)
-        prompt, request_id = message.text, message.request_id or record.request_id or ""
-        call_policy = self._governed(engine, codec, request_id)
+        prompt = message.text
+        call_policy = self._governed(engine, codec, message.request_id)
         if call_policy is not None:
-            request_id = call_policy.request_id
             given = None if message.WhichOneof("prompt") == "token_ids" else message.text
             prompt, prompt_token_ids = await call_policy.prompt(given, prompt_token_ids, params)
         if self._config.log_prompts:
@@ -237,7 +239,7 @@ class TextGenerationServicer(pb_grpc.TextGenerationServicer):
         request = new_request(
             prompt_token_ids,
             params,
-            request_id=request_id,
+            request_id=message.request_id or record.request_id or "",
             arrival_ns=record.started_ns,
             deadline_ns=record.deadline_ns,
             trace=record.trace,
@@ -292,7 +294,9 @@ def _raise_if_blocked(blocked: PolicyBlockedError | None, record: RequestRecord)
 def _leave(stream: RequestStream, record: RequestRecord, governed: GovernedOutput | None) -> None:
     """Take an unfinished request out of the engine; nothing happens to a finished one."""
     if record.summary is None:
-        stream.cancel(record.leave())
+        reason = record.leave()
+        # What a policy blocks is no fault of the engine's, whose caches stay as they are.
+        stream.cancel(FinishReason.CANCELLED if reason is FinishReason.ERROR else reason)
     if governed is not None:
         governed.close()
 

@@ -36,7 +36,6 @@ def test_flag_wins_over_environment_over_file_over_default(
     assert config.host == "127.0.0.1"
 
 
-<<<<<<< HEAD
 def test_limits_come_from_every_source_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = write(tmp_path, "max_queue_time_s = 1\nmax_connections = 2\nreuse_port = true\n")
     monkeypatch.setenv("GPTJET_MAX_QUEUE_TIME_S", "3")
@@ -47,8 +46,6 @@ def test_limits_come_from_every_source_too(tmp_path: Path, monkeypatch: pytest.M
     assert config.slow_reader_timeout_s == 30.0
 
 
-=======
->>>>>>> w-G4
 def test_cuda_graphs_are_switched_by_every_source(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -58,19 +55,6 @@ def test_cuda_graphs_are_switched_by_every_source(
     monkeypatch.setenv("GPTJET_CUDA_GRAPHS", "true")
     assert load_config(file).cuda_graphs
     assert not load_config(file, cuda_graphs=False).cuda_graphs
-<<<<<<< HEAD
-=======
-
-
-def test_limits_come_from_every_source_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file = write(tmp_path, "max_queue_time_s = 1\nmax_connections = 2\nreuse_port = true\n")
-    monkeypatch.setenv("GPTJET_MAX_QUEUE_TIME_S", "3")
-    monkeypatch.setenv("GPTJET_MAX_CONNECTIONS", "4")
-    config = load_config(file, max_queue_time_s=5.5)
-    assert (config.max_queue_time_s, config.max_connections, config.reuse_port) == (5.5, 4, True)
-    assert config.engine.max_queue_time_s == 5.5
-    assert config.slow_reader_timeout_s == 30.0
->>>>>>> w-G4
 
 
 def test_flag_that_is_none_was_not_given(monkeypatch: pytest.MonkeyPatch) -> None:

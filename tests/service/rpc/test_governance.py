@@ -472,3 +472,48 @@ async def test_tokenize_and_detokenize_show_the_redacted_text(
     assert await running.client.detokenize(ByteTokenizer().encode("pq r")) == "<n> r"
     with pytest.raises(PolicyBlockedError):
         await running.client.detokenize(list(b"fgh"))
+
+
+async def test_an_id_of_the_servers_own_is_not_judged_and_a_callers_is(
+    start_governed: StartGoverned,
+) -> None:
+    # every id that the server makes has such a digit
+    rules = "version = 1\n[[rules]]\nname = 'digits'\naction = 'redact'\n"
+    running = await start_governed(
+        rules + "regexes = ['[0-9]']\nwindow = 4\nreplacement = '-'\non = ['input']\n"
+    )
+    params = pb.SamplingParams(max_new_tokens=2)
+    for _ in range(5):
+        request = pb.GenerateRequest(text="xyz", sampling_params=params)
+        assert (await call(running, "Generate", request)).summary.usage.prompt_tokens == 3
+    score = pb.ScoreRequest(text="xyz", candidates=[pb.Candidate(text="z")])
+    assert len((await call(running, "Score", score)).scores) == 1
+    request.request_id = "0000"
+    with pytest.raises(grpc.aio.AioRpcError) as error:
+        await call(running, "Generate", request)
+    assert error_info(error.value).metadata["field"] == "request_id"
+
+
+async def test_a_line_of_the_log_has_one_id_and_not_the_whole_of_an_endless_one(
+    start_governed: StartGoverned,
+) -> None:
+    running = await start_governed()
+    with pytest.raises(grpc.aio.AioRpcError):
+        await call(running, "Generate", pb.GenerateRequest(text="a", request_id="i" * 100_000))
+    line = await running.request_line(code="INVALID_ARGUMENT")
+    assert len(line["request_id"]) <= 128
+
+
+async def test_a_blocked_output_leaves_the_prefix_cache_as_it_is(
+    start_governed: StartGoverned,
+) -> None:
+    backend = MockBackend(paged=True, max_prefill_tokens=64)
+    running = await start_governed(backend=backend)
+    params = pb.SamplingParams(max_new_tokens=9)
+    request = pb.GenerateRequest(text="x" * 64 + "abc", sampling_params=params)
+    for _ in range(2):
+        with pytest.raises(grpc.aio.AioRpcError):
+            await call(running, "Generate", request)
+    await running.until(lambda: running.server.engine.num_running == 0)
+    manager = running.server.engine.engine.scheduler.block_manager
+    assert manager.num_cached_blocks >= 4
