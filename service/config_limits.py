@@ -123,5 +123,6 @@ class LimitsConfig(BaseModel):
         default=False,
         description="share the port with other servers (SO_REUSEPORT), so that a new process takes "
         "over from an old one: it listens once its model is loaded, and SIGTERM sends callers over "
-        "without refusing any (off: a second server on the port is refused)",
+        "without refusing any; admin_port and metrics_port are not shared: unset, 0 or another for "
+        "each process (off: a second server on the port is refused)",
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import queue
 import threading
@@ -10,7 +11,7 @@ import uuid
 from typing import TYPE_CHECKING
 
 from gptjet.service.engine.admission import Admission, tokens_of, tokens_of_score
-from gptjet.service.engine.endings import ended, refusal, refused_score
+from gptjet.service.engine.endings import ended, log_failure, refusal, refused_score
 from gptjet.service.engine.engine import Engine
 from gptjet.service.engine.errors import (
     EngineError,
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
     from gptjet.service.engine.backend import Backend, BackendSpec
     from gptjet.service.engine.config import EngineConfig
+    from gptjet.service.engine.faults import Outputs
     from gptjet.service.engine.observer import RequestObserver, StepObserver
     from gptjet.service.engine.score import ScoreRequest
     from gptjet.service.engine.tokenizer import Tokenizer
@@ -71,6 +73,7 @@ class AsyncEngine:
         self._admission: Admission[RequestStream | ScoreCall]
         self._admission = Admission(self._engine.config, self._give_up)
         self._watchdog = Watchdog(self._engine.config.step_timeout_s, self._on_hung)
+        self._ended = asyncio.Event()  # the thread has
         self.failed = asyncio.Event()
         self.failure: str | None = None
         # These three belong to the engine thread.
@@ -182,7 +185,9 @@ class AsyncEngine:
         if thread is not None:
             self._inbox.put(None)
             if self.failure is None:
-                await asyncio.to_thread(thread.join)
+                # No thread of asyncio's waits: one who gives up would wait for that at the end.
+                await self._ended.wait()
+                thread.join()
 
     # --- event loop side ---
 
@@ -203,6 +208,8 @@ class AsyncEngine:
         self._inbox.put(lambda: self._cancel_score_in_thread(call, reason))
 
     def _end_score(self, call: ScoreCall, outcome: ScoreOutcome) -> None:
+        if self.failure is not None:  # it has been told, and counted, by `_fail`
+            return
         self._watch.score_ended(call.request, outcome)
         call.deliver(outcome)
         self._admission.end(call)
@@ -211,6 +218,8 @@ class AsyncEngine:
         self._inbox.put(lambda: self._cancel_in_thread(stream, reason))
 
     def _deliver(self, outputs: list[tuple[RequestStream, RequestOutput]]) -> None:
+        if self.failure is not None:  # a step that hung has ended after all: see `_end_score`
+            return
         for stream, output in outputs:
             self._admission.start(stream)
             if output.summary is not None:
@@ -245,6 +254,13 @@ class AsyncEngine:
     def _run(self, warmed_up: asyncio.Future[None]) -> None:
         loop = self._loop
         assert loop is not None
+        try:
+            self._work(loop, warmed_up)
+        finally:
+            with contextlib.suppress(RuntimeError):  # the loop has closed
+                loop.call_soon_threadsafe(self._ended.set)
+
+    def _work(self, loop: asyncio.AbstractEventLoop, warmed_up: asyncio.Future[None]) -> None:
 
         def tell(error: Exception | None) -> None:
             if warmed_up.done():  # `start` was cancelled
@@ -298,13 +314,26 @@ class AsyncEngine:
         except queue.Empty:
             return True
 
-    def _step(self) -> list[tuple[int, RequestOutput]]:
+    def _step(self) -> Outputs:
         try:
             return self._engine.step()
         except Exception as error:  # noqa: BLE001
             # Not a backend's error, those are caught inside: a bug of ours. Nobody may be left
             # waiting for it, so everything in flight is failed by name.
-            return self._engine.fail(None, error)
+            outputs = self._engine.fail(None, error)
+            return outputs + self._lost(outputs, error)
+
+    def _lost(self, outputs: Outputs, error: Exception) -> Outputs:
+        """The ends of requests that ended in a step whose outputs are lost to its error.
+
+        outputs  those of the requests that the engine still knew, and has failed
+        """
+        told_of = {key for key, output in outputs if output.summary is not None}
+        lost = [(key, s.request) for key, s in self._stream_of.items() if key not in told_of]
+        if not lost:
+            return []
+        told = log_failure(error, [request.request_id for _, request in lost])
+        return [(key, ended(request, told)) for key, request in lost]
 
     def _check_health(self) -> None:
         failed = self._engine.guard.num_failed_steps
@@ -313,7 +342,7 @@ class AsyncEngine:
                 f"{failed} steps in a row have failed (max_failed_steps)"
             )
 
-    def _publish(self, outputs: list[tuple[int, RequestOutput]]) -> None:
+    def _publish(self, outputs: Outputs) -> None:
         if not outputs:
             return
         addressed = []

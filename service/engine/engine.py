@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import heapq
 import itertools
-import logging
 import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -19,7 +18,7 @@ from gptjet.service.engine.errors import (
     InvalidRequestError,
     QueueFullError,
 )
-from gptjet.service.engine.faults import StepGuard
+from gptjet.service.engine.faults import StepGuard, release
 from gptjet.service.engine.observer import StepWatch
 from gptjet.service.engine.request import (
     FinishReason,
@@ -41,8 +40,6 @@ if TYPE_CHECKING:
     from gptjet.service.engine.observer import StepObserver
     from gptjet.service.engine.score import ScoreRequest
     from gptjet.service.engine.tokenizer import Tokenizer
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -322,11 +319,7 @@ class Engine:
         state.unfinished -= 1
         if state.unfinished == 0:
             del self._requests[state.key]
-        try:
-            self.backend.release(sequence)
-        except Exception:
-            # The caller's output is already made and must reach it.
-            logger.exception("backend failed to release sequence %d", sequence.sequence_id)
+        release(self.backend, sequence)
 
     def _abort(
         self,

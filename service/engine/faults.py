@@ -47,6 +47,17 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
+def release(backend: Backend, sequence: Sequence) -> None:
+    """Have the backend forget a sequence; an error from it is logged and concerns nobody else.
+
+    What the callers of this step are told is already made, and must reach them.
+    """
+    try:
+        backend.release(sequence)
+    except Exception:
+        logger.exception("backend failed to release sequence %d", sequence.sequence_id)
+
+
 class StepGuard:
     """Runs steps and deals with the errors out of them.
 
@@ -111,7 +122,7 @@ class StepGuard:
         spec, scheduler = self._backend.spec, self._scheduler
         if not spec.paged:
             for sequence in same:
-                self._backend.release(sequence)
+                release(self._backend, sequence)
         if len(part.sequences) > 1:
             counts = dict(zip(part.sequences, part.num_tokens, strict=False))
             return [
@@ -139,7 +150,7 @@ class StepGuard:
         # The oldest come last, and so to the head of the queue.
         for sequence in sorted([*same, *others[limit:]], key=_arrival, reverse=True):
             scheduler.preempt(sequence)
-            self._backend.release(sequence)
+            release(self._backend, sequence)
         return []
 
 

@@ -7,9 +7,9 @@ import inspect
 import sys
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import aclosing, asynccontextmanager
-from contextvars import ContextVar
+from contextvars import ContextVar, Token
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -241,8 +241,9 @@ class RequestInterceptor(grpc.aio.ServerInterceptor):
             record.deadline_ns = record.started_ns + round(remaining_s * 1e9)
         token = _current.set(record)
         self._count(counted)
-        bound = self.watch.begin(record, method, request, context.invocation_metadata())
+        bound: Mapping[str, Token[Any]] = {}
         try:
+            bound = self.watch.begin(record, method, request, context.invocation_metadata())
             if isinstance(request, _Unusable):
                 raise request.error
             if counted and self._active > self._max_rpcs:

@@ -140,17 +140,28 @@ def check_address(host: str, port: int, flag: str, *, reuse_port: bool = False) 
         raise ListenError(f"cannot listen on {address(host, port)}: {reason}")
 
 
-def write_port_file(path: Path, port: int) -> None:
-    """Write the bound port, whole or not at all, for a script to read. Raises ListenError."""
+def write_port_file(path: Path, port: int) -> os.stat_result:
+    """Write the bound port, whole or not at all, for a script to read.
+
+    Returns what `remove_port_file` knows the file by. Raises ListenError.
+    """
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         unfinished.write_text(f"{port}\n", encoding="ascii")
+        written = unfinished.stat()
         unfinished.replace(path)
     except OSError as error:
         raise ListenError(f"{path}: {error.strerror or error}") from error
+    return written
 
 
-def remove_port_file(path: Path) -> None:
-    """Take the port file away, so that nobody calls a server that has gone."""
+def remove_port_file(path: Path, written: os.stat_result) -> None:
+    """Take the port file away, so that nobody calls a server that has gone.
+
+    Unless another server has put its own in the place, as in a hand-over.
+    """
     with contextlib.suppress(OSError):
-        path.unlink(missing_ok=True)
+        found = path.stat()
+        # The number of a file that has gone may be another's by now.
+        if os.path.samestat(found, written) and found.st_mtime_ns == written.st_mtime_ns:
+            path.unlink()

@@ -62,12 +62,12 @@ async def serve(config: ServerConfig, *, loader: Loader) -> int:
         return _give_up(str(error))
     stop = server.stop_asked
     _stop_on_signals(stop)
+    _reload_on_hangup(server)
     try:
         await server.start()
     except (ListenError, ObservabilityError, GovernanceError) as error:
         await server.drain(0.0)
         return _give_up(str(error))
-    _reload_on_hangup(server)
     bringing_up = asyncio.create_task(_bring_up(server, loader))
     stopping = asyncio.create_task(stop.wait())
     failing = asyncio.create_task(server.failed.wait())

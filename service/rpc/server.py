@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import time
 from typing import Any
 
@@ -79,7 +80,7 @@ class Server:
         self._access: AccessControl | None = None
         self._refusals = RefusalLog()
         self._admin = AdminServer(config, self)
-        self._wrote_port_file = False
+        self._port_file: os.stat_result | None = None
         self._started_s = time.monotonic()
         self._draining = False
         # Set when it has been told to stop other than by a signal; whoever runs it waits for this.
@@ -127,8 +128,7 @@ class Server:
         self._grpc = server
         await server.start()
         if self.config.port_file is not None:
-            listen.write_port_file(self.config.port_file, self.port)
-            self._wrote_port_file = True
+            self._port_file = listen.write_port_file(self.config.port_file, self.port)
         logger.info(
             "listening",
             address=listen.address(self.config.host, self.port),
@@ -182,35 +182,55 @@ class Server:
         """Refuse new requests, let running ones finish within `grace_s`, then stop.
 
         With reuse_port nothing is refused while another server may take it: see `_hand_over`.
-        Returns False if a step of the backend did not end, so that its thread is still alive.
+        Returns False if a step of the backend did not end, or the backend did not close, so that
+        its thread is still alive. Raises what a part of the server raises, once all have stopped.
         """
         grace_s = self._grace_s if grace_s is None else grace_s
         self._draining = True
-        is_shared = self.config.reuse_port and self._grpc is not None
-        if is_shared and grace_s and not self.failed.is_set():
-            grace_s = await self._hand_over(grace_s)
-        self._health.set_status(health.NOT_SERVING)
-        self._servicer.refuse("the server is draining: it takes no new requests")
-        ended = True
-        if self.engine is not None:
-            ended = await self._drain_engine(self.engine, grace_s)
+        # What is left to do is done whatever raises before it; the last in the list is the first.
+        async with contextlib.AsyncExitStack() as left:
+            left.callback(self._remove_port_file)
+            left.push_async_callback(self._close_governance)
+            left.callback(self._stop_watching_engine)
+            left.push_async_callback(self._stop_access)
+            left.push_async_callback(self._admin.stop)
+            left.push_async_callback(self.observability.close)
+            left.push_async_callback(self._stop_grpc)
+            left.callback(self._health.end_watches)
+            left.callback(self._close_codec)
+            is_shared = self.config.reuse_port and self._grpc is not None
+            if is_shared and grace_s and not self.failed.is_set():
+                grace_s = await self._hand_over(grace_s)
+            self._health.set_status(health.NOT_SERVING)
+            self._servicer.refuse("the server is draining: it takes no new requests")
+            if self.engine is None:
+                return True
+            return await self._drain_engine(self.engine, grace_s)
+
+    def _close_codec(self) -> None:
         if self._codec is not None:
             self._codec.close()
-        self._health.end_watches()
+
+    async def _stop_grpc(self) -> None:
         if self._grpc is not None:
             await self._close_connections()
             await self._grpc.stop(_FLUSH_S)
-        await self.observability.close()
-        await self._admin.stop()
+
+    async def _stop_access(self) -> None:
         if self._access is not None:
             await self._access.stop()
+
+    def _stop_watching_engine(self) -> None:
         if self._watching_engine is not None:
             self._watching_engine.cancel()
+
+    async def _close_governance(self) -> None:
         if self.governance is not None:
             await asyncio.to_thread(self.governance.close)
-        if self._wrote_port_file and self.config.port_file is not None:
-            listen.remove_port_file(self.config.port_file)
-        return ended
+
+    def _remove_port_file(self) -> None:
+        if self._port_file is not None and self.config.port_file is not None:
+            listen.remove_port_file(self.config.port_file, self._port_file)
 
     # --- what its administrator sees and does ---
 
@@ -227,8 +247,9 @@ class Server:
 
     @property
     def state(self) -> str:
-        """ "loading", "serving" or "draining"."""
-        if self._draining or self.stop_asked.is_set():
+        """ "loading", "serving" or "draining", as does one whose engine has failed for good."""
+        has_failed = self.engine is not None and self.engine.failure is not None
+        if self._draining or self.stop_asked.is_set() or has_failed:
             return "draining"
         return "loading" if self.engine is None else "serving"
 
@@ -243,7 +264,12 @@ class Server:
         return 0 if self.engine is None else self.engine.num_waiting
 
     async def reload(self) -> list[Reloaded]:
-        """Read certificates, tokens and the policy again; what became of each."""
+        """Read certificates, tokens and the policy again; what became of each.
+
+        Nothing before `start`, which reads them.
+        """
+        if self._access is None:
+            return []
         results = await self.access.reload()
         if self.governance is not None:
             read = await asyncio.to_thread(self.governance.reload)
@@ -323,6 +349,11 @@ class Server:
         left_s = max(grace_s - (time.monotonic() - started), _FLUSH_S)
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._rpcs.idle.wait(), left_s)
-        await engine.stop()
-        logger.info("drained", all_finished=finished)
+        try:
+            async with asyncio.timeout(_STEP_S):
+                await engine.stop()
+        except TimeoutError:
+            logger.error("the backend does not close", waited_s=_STEP_S)
+            return False
+        logger.info("drained", all_finished=finished and engine.failure is None)
         return True

@@ -56,6 +56,8 @@ class RpcWatch:
 
         Returns what structlog's `reset_contextvars` takes to have them off again.
         """
+        if record.counted and self._metrics is not None:
+            self._metrics.rpc_started()  # first, as `end` comes even if what follows raises
         record.label = self._label(path)
         if not record.counted:
             return {}
@@ -69,8 +71,6 @@ class RpcWatch:
             record.trace, record.trace_id, record.span_id = rpc, rpc.trace_id, rpc.span_id
         else:
             record.trace_id = _trace_id(pairs)
-        if self._metrics is not None:
-            self._metrics.rpc_started()
         ids = {"request_id": record.request_id, "trace_id": record.trace_id}
         return structlog.contextvars.bind_contextvars(
             **{name: value for name, value in ids.items() if value is not None}

@@ -190,3 +190,11 @@ def test_kv_cache_dtype_is_one_of_four_wherever_it_is_set(
     assert load_config(file, kv_cache_dtype="int8").kv_cache_dtype == "int8"
     with pytest.raises(ConfigError, match="--kv-cache-dtype: must be 'auto', 'float16', 'float32'"):
         load_config(kv_cache_dtype="int4")
+
+
+def test_reuse_port_names_the_ports_that_it_does_not_share() -> None:
+    said = ServerConfig.model_fields["reuse_port"].description or ""
+    ports = {name for name in ServerConfig.model_fields if name.endswith("_port")}
+    others = ports - {"reuse_port"}
+    assert others
+    assert [name for name in sorted(others) if name not in said] == []

@@ -21,9 +21,15 @@ from gptjet.service.engine.errors import (
     QueueTimeError,
     TokensInFlightError,
 )
-from gptjet.service.engine.request import FinishReason, Request, SamplingParams, new_request
+from gptjet.service.engine.request import (
+    FinishReason,
+    Request,
+    RequestSummary,
+    SamplingParams,
+    new_request,
+)
 from gptjet.service.engine.request_stream import RequestStream
-from gptjet.service.engine.score import ScoreRequest, new_score_request
+from gptjet.service.engine.score import ScoreOutcome, ScoreRequest, new_score_request
 from gptjet.service.engine.tokenizer import ByteTokenizer
 
 PATIENCE_S = 20.0
@@ -96,6 +102,42 @@ async def test_a_hung_step_is_told_to_all_callers_and_what_it_says_later_to_none
     assert [output async for output in running] == []
 
 
+class Ends:
+    """Counts what ends."""
+
+    def __init__(self) -> None:
+        self.reasons: list[FinishReason | None] = []
+
+    def request_ended(self, _request: Request, summary: RequestSummary) -> None:
+        self.reasons += [sequence.finish_reason for sequence in summary.sequences]
+
+    def score_ended(self, _request: ScoreRequest, outcome: ScoreOutcome) -> None:
+        self.reasons.append(outcome.finish_reason)
+
+
+async def test_what_ends_after_its_engine_has_failed_is_counted_once() -> None:
+    backend, ends = HangingBackend(decode_ms=1), Ends()
+    engine = AsyncEngine(
+        backend, ByteTokenizer(), EngineConfig(step_timeout_s=0.3), request_observers=(ends,)
+    )
+    await engine.start()
+    running = engine.submit(request(max_new_tokens=20))
+    await anext(running)
+    backend.hang.set()
+    scoring = engine.submit_score(score_request())
+    assert isinstance(await end_of(running), EngineStepError)
+    assert (await scoring.outcome()).error is not None
+    backend.hang.clear()
+    backend.go_on.set()
+    async with asyncio.timeout(PATIENCE_S):
+        while engine.engine.has_work:
+            await asyncio.sleep(0.01)
+        await engine.stop()
+    await asyncio.sleep(0.1)  # for what the thread has said last
+    assert ends.reasons == [FinishReason.ERROR] * 2
+    assert engine._admission.tokens_in_flight == 0
+
+
 async def test_a_hung_engine_can_be_stopped() -> None:
     backend = HangingBackend()
     engine = await start(backend, step_timeout_s=0.2)
@@ -106,6 +148,27 @@ async def test_a_hung_engine_can_be_stopped() -> None:
         assert await engine.drain(1.0)
         await engine.stop()
     backend.go_on.set()
+
+
+def test_whoever_gives_up_stopping_a_backend_that_does_not_close_can_go() -> None:
+    """And so end a process."""
+    close = threading.Event()
+
+    class Backend(MockBackend):
+        def close(self) -> None:
+            close.wait(PATIENCE_S)
+
+    async def give_up() -> None:
+        engine = await start(Backend())
+        assert await end_of(engine.submit(request())) is None
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.2):
+                await engine.stop()
+
+    asyncio.run(give_up())
+    still_open = any(thread.name == "gptjet-engine" for thread in threading.enumerate())
+    close.set()
+    assert still_open
 
 
 async def test_slow_steps_within_the_timeout_are_left_alone() -> None:
@@ -146,6 +209,33 @@ async def test_a_bug_that_ends_the_thread_between_steps_is_told_too(
     stream.cancel()
     assert isinstance(await end_of(stream), EngineStepError)
     assert_everything_was_told(engine)
+    await engine.stop()
+
+
+async def test_a_bug_in_a_step_that_ended_a_request_leaves_nobody_waiting(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The engine knows that request no more, and the outputs of the step are lost."""
+    engine = await start(MockBackend(decode_ms=1))
+    advance = engine.engine._advance
+
+    def broken() -> Any:
+        outputs = advance()
+        if any(output.summary is not None for _, output in outputs):
+            raise KeyError("a bug where none can be")
+        return outputs
+
+    monkeypatch.setattr(engine.engine, "_advance", broken)
+    long, short = (engine.submit(request(max_new_tokens=length)) for length in (400, 3))
+    for stream in (short, long):
+        error = await end_of(stream)
+        assert isinstance(error, EngineStepError)
+        assert error.error_id in caplog.text
+    assert (engine.num_running, engine.num_waiting) == (0, 0)
+    assert engine._admission.tokens_in_flight == 0
+    assert (engine._stream_of, engine._key_of) == ({}, {})
+    monkeypatch.undo()
+    assert await end_of(engine.submit(request())) is None
     await engine.stop()
 
 

@@ -22,6 +22,7 @@ from gptjet.service.engine.request import (
     new_request,
 )
 from gptjet.service.engine.score import ScoreOutcome, new_score_request
+from gptjet.service.engine.sequence import Sequence
 from gptjet.service.engine.tokenizer import ByteTokenizer
 
 PAGED: dict[str, Any] = {"paged": True, "block_size": 4}
@@ -310,3 +311,25 @@ def test_a_sequence_that_ended_in_the_step_that_ran_out_of_memory_stays_ended() 
     assert outputs == []
     rest = run(engine)
     assert set(rest) == set(keys[1:])
+
+
+class UnwillingBackend(FaultyMockBackend):
+    """Releases a sequence, and raises."""
+
+    def release(self, sequence: Sequence) -> None:
+        super().release(sequence)
+        raise RuntimeError("will not let go")
+
+
+@KINDS
+@pytest.mark.parametrize("limit", [{"oom_above_tokens": 20}, {"oom_above_sequences": 1}])
+def test_a_backend_that_fails_to_release_costs_nobody_an_output(
+    kind: dict[str, Any], limit: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    options = kind | {"max_prefill_batch_size": 4}
+    backend = UnwillingBackend(MockSettings(**limit), **options)
+    engine = Engine(backend, ByteTokenizer(), EngineConfig())
+    keys = [add(engine, "a" * 9, max_new_tokens=3) for _ in range(4)]
+    outputs = run(engine)
+    assert [text_of(outputs[key]) for key in keys] == ["bcd"] * 4
+    assert "backend failed to release sequence 0" in caplog.text

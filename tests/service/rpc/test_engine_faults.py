@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import signal
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from gptjet.service.backends.mock import MockBackend
 from gptjet.service.client import (
     Client,
     GptjetError,
@@ -21,9 +25,12 @@ from gptjet.service.client import (
     UnavailableError,
 )
 from gptjet.service.commands.terminal import ExitCode
+from gptjet.service.observability.setup import Observability
 from gptjet.service.rpc import process
+from gptjet.service.rpc import server as server_module
 
 Serve = Callable[..., Any]
+PATIENCE_S = 20.0
 
 
 def outcome(client: Client, prompt: str = "a", **options: Any) -> str | GptjetError:
@@ -149,3 +156,90 @@ def test_sigterm_in_the_grace_period_of_a_failure_ends_it_at_once(serve_process:
         server.signal(signal.SIGTERM)
         assert server.wait() == ExitCode.ENGINE
         assert time.monotonic() - begun < 60
+
+
+# --- in this process ---
+
+
+class HangingBackend(MockBackend):
+    """Decodes until `hang` is set, and then waits for `go_on`."""
+
+    def __init__(self) -> None:
+        super().__init__(decode_ms=1)
+        self.hang, self.go_on = threading.Event(), threading.Event()
+
+    def decode(self, batch: Any) -> Any:
+        if self.hang.is_set():
+            self.go_on.wait(PATIENCE_S)
+        return super().decode(batch)
+
+
+@pytest.fixture
+def hanging() -> Iterator[HangingBackend]:
+    backend = HangingBackend()
+    yield backend
+    backend.go_on.set()
+
+
+async def test_a_server_whose_engine_has_failed_does_not_say_that_it_serves(
+    start_server: Any, hanging: HangingBackend
+) -> None:
+    running = await start_server(backend=hanging, step_timeout_s=0.2)
+    assert running.server.state == "serving"
+    hanging.hang.set()
+    with pytest.raises(InternalError):
+        await running.client.generate("a", max_new_tokens=9)
+    assert running.server.state == "draining"
+
+
+async def test_a_hang_while_draining_is_not_logged_as_all_finished(
+    start_server: Any, hanging: HangingBackend
+) -> None:
+    running = await start_server(backend=hanging, step_timeout_s=0.4)
+    stream = running.client.generate_stream("a", max_new_tokens=400)
+    await anext(stream)
+    hanging.hang.set()
+    draining = asyncio.create_task(running.server.drain(PATIENCE_S))
+    with pytest.raises(InternalError):
+        async for _ in stream:
+            pass
+    await draining
+    (line,) = (entry for entry in running.logs if entry["event"] == "drained")
+    assert line["all_finished"] is False
+
+
+async def test_a_backend_that_does_not_close_does_not_keep_the_server(
+    start_server: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(server_module, "_STEP_S", 0.3)
+    close = threading.Event()
+
+    class Backend(MockBackend):
+        def close(self) -> None:
+            close.wait(PATIENCE_S)
+
+    running = await start_server(backend=Backend(), port_file=tmp_path / "port")
+    assert not await running.server.drain(0.0)
+    assert not close.is_set()
+    close.set()
+    assert "the backend does not close" in [entry["event"] for entry in running.logs]
+    assert list(tmp_path.iterdir()) == []
+
+
+async def test_a_part_that_fails_to_stop_keeps_no_other_from_it(
+    start_server: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    settings = {"port_file": tmp_path / "port", "admin_socket": tmp_path / "admin"}
+    running = await start_server(**settings)
+
+    async def broken(*_: Any) -> Any:
+        raise KeyError("a bug where none can be")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Observability, "close", broken)
+        patch.setattr(running.server, "_drain_engine", broken)
+        with pytest.raises(KeyError):
+            await running.server.drain(0.0)
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(UnavailableError):
+        await running.client.generate("a")

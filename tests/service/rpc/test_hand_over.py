@@ -87,6 +87,19 @@ def test_two_hand_overs_under_load_fail_no_call(
     assert server.text().count("code=OK") > 20
 
 
+async def test_the_successors_port_file_stays_when_the_old_server_goes(
+    start_server: Any, tmp_path: Path
+) -> None:
+    port_file = tmp_path / "port"
+    settings = {"reuse_port": True, "port": free_port(), "port_file": port_file}
+    first = await start_server(**settings)
+    second = await start_server(**settings)
+    await first.server.drain(0.0)
+    assert port_file.read_text(encoding="ascii") == f"{second.server.port}\n"
+    await second.server.drain(0.0)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_successor_that_is_loading_gets_no_calls(serve_process: Serve) -> None:
     """It would refuse half of all callers; so it listens when it can serve."""
     port = free_port()

@@ -15,7 +15,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from gptjet.proto.v1 import text_generation_pb2 as pb
 from gptjet.proto.v1 import text_generation_pb2_grpc as pb_grpc
 from gptjet.service.backends.mock import MockBackend
-from gptjet.service.client import QueueFullError, RetryPolicy, UnavailableError
+from gptjet.service.client import InternalError, QueueFullError, RetryPolicy, UnavailableError
+from gptjet.service.rpc import watch
 
 StartServer = Callable[..., Awaitable[Any]]
 
@@ -281,3 +282,23 @@ def ping_until_closed(raw: socket.socket) -> None:
             return
         time.sleep(0.02)
     assert b"too_many_pings" in received
+
+
+async def test_an_rpc_whose_watching_fails_is_told_so_and_leaves_its_place(
+    start_server: StartServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running = await start_server(max_concurrent_rpcs=1, metrics_port=0)
+
+    def broken(*_: Any) -> Any:
+        raise KeyError("a bug where none can be")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(watch, "_trace_id", broken)
+        for _ in range(3):
+            with pytest.raises(InternalError, match="error id"):
+                await running.client.generate("a")
+    assert (await running.client.generate("a", max_new_tokens=2)).text == "bc"
+    async with asyncio.timeout(20):
+        await running.server._rpcs.idle.wait()
+    metrics = running.server.observability.metrics
+    assert metrics.registry.get_sample_value("gptjet_rpcs_active") == 0

@@ -161,6 +161,50 @@ def errors_in(log: str) -> list[str]:
     return [line for line in log.splitlines() if "[error" in line]
 
 
+HANGUP_SCRIPT = """
+import asyncio, os, signal, sys
+from pathlib import Path
+from gptjet.service.config import load_config
+from gptjet.service.engine.errors import BackendLoadError
+from gptjet.service.rpc.process import run
+from gptjet.service.rpc.server import Server
+
+start = Server.start
+
+async def start_with_hangups(server):
+    os.kill(os.getpid(), signal.SIGHUP)
+    await asyncio.sleep(0.1)
+    await start(server)
+    os.kill(os.getpid(), signal.SIGHUP)
+    await asyncio.sleep(0.1)
+
+def fails(config):
+    raise BackendLoadError("no such model")
+
+Server.start = start_with_hangups
+cert, key = map(Path, sys.argv[1:])
+sys.exit(run(load_config(port=0, tls_cert=cert, tls_key=key), loader=fails))
+"""
+
+
+def test_sighup_while_starting_reloads_what_is_there_and_ends_nothing(
+    make_certificate: Any,
+) -> None:
+    certificate = make_certificate("localhost")
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("GPTJET_")}
+    done = subprocess.run(
+        [sys.executable, "-c", HANGUP_SCRIPT, str(certificate.cert), str(certificate.key)],
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment | {"OMP_NUM_THREADS": "1"},
+        timeout=PATIENCE_S,
+        check=False,
+    )
+    assert done.returncode == 2, done.stderr
+    assert "no such model" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 @pytest.mark.usefixtures("own_logging")
 async def test_load_error_is_one_line_and_exit_code_2(capfd: pytest.CaptureFixture[str]) -> None:
     assert await serve(ServerConfig(port=0, model="/m"), loader=raise_load_error) == 2
