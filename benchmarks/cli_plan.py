@@ -19,6 +19,8 @@ $ gptjet plan --model gpt-j-6b --card t4 --weights fp16
 
 $ gptjet plan --model gpt-j-6b --card t4 --weights int8 --cards 2
 
+$ gptjet plan --model gpt-j-6b --card t4 --weights int8 --kv-cache-dtype int8
+
 $ gptjet plan --model ./checkpoint --card my-card.toml --context 4096 --json
 """
 
@@ -32,6 +34,9 @@ def plan(
         str, typer.Option(metavar="NAME|FILE", help="t4, v100, a10, h100, cpu, or your own file")
     ] = "t4",
     weights: Annotated[str, typer.Option(help="fp32, bf16, fp16, int8, int4")] = "fp16",
+    kv_cache_dtype: Annotated[
+        str, typer.Option(help="auto (as the activations), float16, float32, int8")
+    ] = "auto",
     context: Annotated[
         int | None, typer.Option(help="tokens of a stream; default: the model's", min=2)
     ] = None,
@@ -57,6 +62,7 @@ def plan(
             model,
             card,
             weights,
+            kv_cache_dtype=kv_cache_dtype,
             context=context,
             cards=cards,
             reserve_gib=reserve_gib,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from gptjet.benchmarks.config import ConfigError, load_config
@@ -16,6 +16,7 @@ from gptjet.benchmarks.environment import record_environment
 from gptjet.benchmarks.geometry import Geometry, GeometryError, config_of, geometry_from_config
 from gptjet.benchmarks.hardware import GIB, Hardware, measured_rates
 from gptjet.benchmarks.roofline import (
+    KV_CACHE_BYTES,
     WEIGHT_TYPES,
     Rates,
     WeightType,
@@ -28,6 +29,8 @@ from gptjet.benchmarks.roofline import (
 # CUDA context, cuBLAS workspace, activations and fragmentation: our allowance, no measurement.
 DEFAULT_RESERVE_GIB = 1.0
 _BLOCK_TOKENS = 16
+# A block's row of scales must fit a head's row of bytes (gptjet.kernels.batch.MIN_INT8_HEAD_DIM).
+_INT8_KV_HEAD_DIM = 64
 _PROMPTS = (50, 200, 500, 1000, 2000)
 
 
@@ -73,6 +76,7 @@ class Plan:
     card: str
     card_title: str
     weights: str
+    kv_cache_dtype: str
     context: int
     memory_bytes_per_card: int
     reserve_bytes_per_card: int
@@ -95,6 +99,7 @@ def make_plan(
     card: str,
     weights: str,
     *,
+    kv_cache_dtype: str = "auto",
     context: int | None = None,
     cards: int = 1,
     reserve_gib: float = DEFAULT_RESERVE_GIB,
@@ -102,13 +107,23 @@ def make_plan(
 ) -> Plan:
     """Plan a model on a card of a configuration; `bandwidth` holds measured rates for a CPU.
 
+    kv_cache_dtype  as `gptjet serve`'s: one of KV_CACHE_BYTES
+
     Raises ConfigError and GeometryError, one line each.
     """
     weight_type = WEIGHT_TYPES.get(weights)
     if weight_type is None:
         raise ConfigError(f"unknown weight type {weights!r}: {', '.join(WEIGHT_TYPES)}")
+    if kv_cache_dtype not in KV_CACHE_BYTES:
+        raise ConfigError(f"unknown KV cache dtype {kv_cache_dtype!r}: {', '.join(KV_CACHE_BYTES)}")
+    weight_type = replace(weight_type, kv_bytes=KV_CACHE_BYTES[kv_cache_dtype])
     hardware = load_config(card).hardware
     geometry = geometry_from_config(config_of(model))
+    if kv_cache_dtype == "int8" and geometry.head_dim < _INT8_KV_HEAD_DIM:
+        raise GeometryError(
+            f"{model}: an int8 KV cache needs heads of {_INT8_KV_HEAD_DIM} features or more, "
+            f"these have {geometry.head_dim}"
+        )
     length = context or geometry.max_context
     if length is None:
         raise GeometryError(f"{model}: its config.json names no context; give --context")
@@ -133,6 +148,7 @@ def make_plan(
         card=hardware.name,
         card_title=hardware.title,
         weights=weight_type.name,
+        kv_cache_dtype=kv_cache_dtype,
         context=length,
         memory_bytes_per_card=memory,
         reserve_bytes_per_card=reserve,
@@ -273,7 +289,8 @@ def describe(plan: Plan) -> Sequence[str]:
         f"{plan.weights} on {plan.card} ({plan.card_title}), context {plan.context}",
         f"card memory {plan.memory_bytes_per_card / GIB:.1f} GiB, "
         f"{plan.reserve_bytes_per_card / GIB:.1f} GiB of it kept free; "
-        f"KV cache {plan.kv_bytes_per_token / 1024:g} KiB a token",
+        f"KV cache {plan.kv_bytes_per_token / 1024:g} KiB a token"
+        + ("" if plan.kv_cache_dtype == "auto" else f" in {plan.kv_cache_dtype}"),
     ]
     for placement in plan.placements:
         lines += ["", *_describe_placement(placement)]

@@ -10,6 +10,7 @@ Left out, which keeps a floor a floor: activations, sampling, launches, the netw
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -18,18 +19,25 @@ from gptjet.benchmarks.geometry import Geometry
 
 @dataclass(frozen=True, slots=True)
 class WeightType:
-    """How the matrices are stored. KV cache, vectors and embeddings have the activations' type.
+    """How the matrices are stored. Vectors and embeddings have the activations' type.
 
     weight_bytes      bytes a weight, group scales included
-    activation_bytes  bytes an element of activations, KV cache, vectors and embedding tables
+    activation_bytes  bytes an element of activations, vectors and embedding tables
     matrix_rate       which matrix rate of the hardware computes it: weight-only quantisation
                       computes in the activations' type
+    kv_bytes          bytes an element of KV cache; None: as the activations
     """
 
     name: str
     weight_bytes: float
     activation_bytes: int
     matrix_rate: str
+    kv_bytes: float | None = None
+
+    @property
+    def kv_element_bytes(self) -> float:
+        """Bytes an element of KV cache, its share of the scales included."""
+        return self.activation_bytes if self.kv_bytes is None else self.kv_bytes
 
 
 # INT4: one FP16 scale for each group of 128 weights, the usual choice of GPTQ and AWQ.
@@ -41,6 +49,14 @@ WEIGHT_TYPES: dict[str, WeightType] = {
     "fp16": WeightType("fp16", 2.0, 2, "fp16"),
     "int8": WeightType("int8", 1.0, 2, "fp16"),
     "int4": WeightType("int4", 0.5 + 2 / _INT4_GROUP, 2, "fp16"),
+}
+
+# INT8: a row of scales beside every 16 tokens' rows (gptjet.kernels.batch.INT8_KV_ROWS).
+KV_CACHE_BYTES: dict[str, float | None] = {
+    "auto": None,
+    "float16": 2.0,
+    "float32": 4.0,
+    "int8": 17 / 16,
 }
 
 
@@ -99,7 +115,7 @@ def streamed_bytes(geometry: Geometry, weights: WeightType) -> float:
 
 def kv_bytes_per_token(geometry: Geometry, weights: WeightType) -> int:
     """Bytes of KV cache a token needs over all layers."""
-    return geometry.kv_elements_per_token * weights.activation_bytes
+    return math.ceil(geometry.kv_elements_per_token * weights.kv_element_bytes)
 
 
 def prefill_work(geometry: Geometry, weights: WeightType, prompt_tokens: int) -> Work:

@@ -11,6 +11,12 @@ if TYPE_CHECKING:
 BLOCK_SIZE = 16
 """Tokens of a KV block."""
 
+INT8_KV_ROWS = BLOCK_SIZE + 1
+"""Rows of head_dim bytes of a head in an INT8 KV block: a token each, and one of their scales."""
+
+MIN_INT8_HEAD_DIM = 4 * BLOCK_SIZE
+"""Features of a head whose row of bytes holds the float32 scales of a block's tokens."""
+
 
 @dataclass(frozen=True, slots=True)
 class BlockGeometry:
@@ -35,6 +41,30 @@ class BlockGeometry:
         """Of one KV block: [layers, 2 (keys, values), heads, BLOCK_SIZE, head_dim]."""
         return (self.num_layers, 2, self.num_heads, BLOCK_SIZE, self.head_dim)
 
+    @property
+    def int8_kv_block_shape(self) -> tuple[int, int, int, int, int]:
+        """The same of INT8 KV: [layers, 2, heads, INT8_KV_ROWS, head_dim].
+
+        Row t of a head is token t's; the last row's leading 64 bytes are the float32 scales of its
+        16 tokens: value = int8 * scale. So one tensor is the whole cache, and copying a block
+        copies its scales. Raises ValueError where a head is too small for that.
+        """
+        if self.head_dim < MIN_INT8_HEAD_DIM or self.head_dim % 4:
+            raise ValueError(
+                f"an INT8 KV cache needs heads of {MIN_INT8_HEAD_DIM} features or more, in fours; "
+                f"this model's have {self.head_dim}"
+            )
+        return (self.num_layers, 2, self.num_heads, INT8_KV_ROWS, self.head_dim)
+
+    def kv_cache_shape(self, num_blocks: int, dtype: torch.dtype) -> tuple[int, ...]:
+        """Of a KV cache: [layers, 2, num_blocks, heads, rows, head_dim].
+
+        Raises ValueError where the dtype is int8 and a head too small for it.
+        """
+        is_int8 = dtype.itemsize == 1
+        layers, two, *block = self.int8_kv_block_shape if is_int8 else self.kv_block_shape
+        return (layers, two, num_blocks, *block)
+
 
 @dataclass(frozen=True, slots=True)
 class ForwardBatch:
@@ -49,7 +79,8 @@ class ForwardBatch:
     All on the CPU; a GPU model copies them at once.
 
     The pass writes each token's key and value to its slot, and each token attends to the slots of
-    positions 0 to its own. KV cache: [layers, 2, num_blocks, heads, BLOCK_SIZE, head_dim].
+    positions 0 to its own. KV cache: [layers, 2, num_blocks, heads, BLOCK_SIZE, head_dim], or that
+    of INT8 KV with INT8_KV_ROWS rows.
     """
 
     token_ids: torch.Tensor

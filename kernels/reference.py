@@ -151,11 +151,39 @@ def write_kv(
 ) -> None:
     """Put keys and values [T, heads, head_dim] into their slots [T] of one layer's KV cache.
 
-    layer_cache [2, num_blocks, heads, BLOCK_SIZE, head_dim], any float dtype.
+    layer_cache [2, num_blocks, heads, BLOCK_SIZE, head_dim], any float dtype; or int8 with
+    INT8_KV_ROWS rows, which they are quantised for.
     """
     blocks, offsets = slots // BLOCK_SIZE, slots % BLOCK_SIZE
-    layer_cache[0][blocks, :, offsets] = keys.to(layer_cache.dtype)
-    layer_cache[1][blocks, :, offsets] = values.to(layer_cache.dtype)
+    for held, given in zip(layer_cache, (keys, values), strict=True):
+        if layer_cache.dtype == torch.int8:
+            levels, scales = quantize_kv(given)
+            held[blocks, :, offsets] = levels
+            int8_kv_scales(held)[blocks, :, offsets] = scales
+        else:
+            held[blocks, :, offsets] = given.to(layer_cache.dtype)
+
+
+def quantize_kv(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """x [T, heads, head_dim] as int8 levels of its shape and a float32 scale [T, heads].
+
+    scale = max |x| / 127 of a token's head; rounded to nearest, ties to even. Where x holds NaN or
+    infinity the scale is infinite and every level 0: what is read back is NaN, and is noticed.
+    """
+    floats = x.float()
+    largest = floats.abs().nan_to_num(nan=torch.inf, posinf=torch.inf).amax(-1)
+    scale = (largest / 127).clamp_min(torch.finfo(torch.float32).tiny)
+    levels = (floats / scale.unsqueeze(-1)).round_().clamp_(-127, 127)
+    levels = torch.where(scale.isfinite().unsqueeze(-1), levels, 0)
+    return levels.to(torch.int8), scale
+
+
+def int8_kv_scales(cache: torch.Tensor) -> torch.Tensor:
+    """The scales [..., BLOCK_SIZE] float32 inside an INT8 cache [..., INT8_KV_ROWS, head_dim].
+
+    A view: what is written to it is in the cache.
+    """
+    return cache[..., BLOCK_SIZE, : 4 * BLOCK_SIZE].view(torch.float32)
 
 
 def paged_attention(
@@ -169,6 +197,7 @@ def paged_attention(
 
     Each attends to positions 0 to its own, scores divided by sqrt(head_dim). positions,
     sequence_index [T] and block_tables are ForwardBatch's. [T, heads * head_dim] in queries' dtype.
+    layer_cache as in `write_kv`.
     """
     tokens, heads, head_dim = queries.shape
     result = torch.empty_like(queries)
@@ -178,9 +207,7 @@ def paged_attention(
         own = positions[start : start + count].long()
         context = int(own.max()) + 1
         blocks = block_tables[row, : -(-context // BLOCK_SIZE)].long()
-        # [2, blocks, heads, BLOCK_SIZE, head_dim] -> [2, heads, context, head_dim]
-        held = layer_cache[:, blocks].transpose(1, 2).reshape(2, heads, -1, head_dim)
-        keys, values = held[:, :, :context].to(queries.dtype)
+        keys, values = _gather_kv(layer_cache[:, blocks], context, queries.dtype)
         mask = None
         if count > 1:
             mask = own[:, None] >= torch.arange(context, device=own.device)
@@ -193,6 +220,18 @@ def paged_attention(
         result[start : start + count] = attended[0].transpose(0, 1)
         start += count
     return result.reshape(tokens, heads * head_dim)
+
+
+def _gather_kv(held: torch.Tensor, context: int, dtype: torch.dtype) -> torch.Tensor:
+    """[2, blocks, heads, rows, head_dim] of a sequence as [2, heads, context, head_dim]."""
+    _, _, heads, _, head_dim = held.shape
+    if held.dtype == torch.int8:
+        # In float32: the scale of a token may be beyond float16 where its values are not.
+        values = held[..., :BLOCK_SIZE, :].float() * int8_kv_scales(held).unsqueeze(-1)
+    else:
+        values = held
+    rows = values.transpose(1, 2).reshape(2, heads, -1, head_dim)
+    return rows[:, :, :context].to(dtype)
 
 
 def gelu(x: torch.Tensor) -> torch.Tensor:

@@ -126,6 +126,7 @@ def load_engine(flags: argparse.Namespace) -> Engine:
         dtype=flags.dtype,
         max_sequences=flags.max_sequences,
         kv_cache_tokens=flags.kv_cache_tokens,
+        kv_cache_dtype=flags.kv_cache_dtype,
         progress=False,
         cpu_threads=flags.threads,
     )
@@ -151,6 +152,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--max-sequences", type=int, default=16)
     parser.add_argument("--kv-cache-tokens", type=int, default=None)
+    parser.add_argument("--kv-cache-dtype", default="auto", help="float16, float32, int8")
     flags = parser.parse_args(arguments)
     with _own_stdout() as channel:
 

@@ -13,6 +13,9 @@ import pytest
 # Small models gain nothing from threads, and workers of pytest-xdist share the cores. torch reads
 # this when it is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# GPU kernels run through Triton's interpreter. Triton's own library reads this when it is imported,
+# which transformers may do in whichever test is first.
+os.environ.setdefault("TRITON_INTERPRET", "1")
 
 END_OF_TEXT = "<|endoftext|>"
 

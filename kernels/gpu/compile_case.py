@@ -26,7 +26,13 @@ GPT_J_6B = BlockGeometry(
 )
 """The geometry whose launches are compiled."""
 
-MODULES: tuple[str, ...] = ("gelu_linear_residual", "layer_norm_linear")
+MODULES: tuple[str, ...] = (
+    "gelu_linear_residual",
+    "layer_norm_linear",
+    "paged_attention",
+    "rotary_kv",
+    "sampling",
+)
 """Modules of this package with `compile_cases`; a test compares the list with the folder."""
 
 

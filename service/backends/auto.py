@@ -24,7 +24,8 @@ def load(options: LoadOptions) -> LoadedModel:
     """Load `options.model` with fused, deepspeed (on a GPU) or huggingface, in that order.
 
     The log and the parity verdict's detail say which, and what kept the ones before it. Under a
-    launcher of several ranks there is only deepspeed, which alone shares a model between GPUs.
+    launcher of several ranks there is only deepspeed, which alone shares a model between GPUs;
+    where a KV cache of some dtype is asked for, there is only fused.
     Raises BackendLoadError where none serves it, with what each said; where `strict_parity` is on,
     also where one loads and differs from transformers.
     """
@@ -37,7 +38,7 @@ def load(options: LoadOptions) -> LoadedModel:
     )
     refusals: list[str] = []
     verdict = None
-    for name in _candidates(device.type):
+    for name in _candidates(device.type, options.kv_cache_dtype):
         try:
             # Strict, so that a failed one comes here and not to a fallback of its own.
             loaded = BACKENDS[name].load(dataclasses.replace(options, strict_parity=True))
@@ -57,8 +58,16 @@ def load(options: LoadOptions) -> LoadedModel:
     raise BackendLoadError(f"no backend serves {options.model}: {'; '.join(refusals)}")
 
 
-def _candidates(device_type: str) -> tuple[str, ...]:
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+def _candidates(device_type: str, kv_cache_dtype: str) -> tuple[str, ...]:
+    is_shared = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if kv_cache_dtype != "auto":
+        if is_shared:
+            raise BackendLoadError(
+                f"kv_cache_dtype {kv_cache_dtype}: only the fused backend has a choice of it, and "
+                f"only deepspeed shares a model between ranks"
+            )
+        return ("fused",)
+    if is_shared:
         return ("deepspeed",)
     if device_type == "cpu":
         return ("fused", "huggingface")

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from gptjet.service.engine.backend import Backend
     from gptjet.service.engine.tokenizer import Tokenizer
 
+KV_CACHE_DTYPES = ("auto", "float16", "float32", "int8")
+_CHOOSES_KV_DTYPE = ("auto", "fused")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadOptions:
@@ -27,6 +30,7 @@ class LoadOptions:
     local_files_only  take a hub name from this machine's cache alone
     max_sequences     most sequences that may hold a KV cache at once
     kv_cache_tokens   tokens all sequences together may hold; None sizes it by free memory
+    kv_cache_dtype    one of KV_CACHE_DTYPES; "auto" is what the model computes in
     progress          draw progress bars, where stderr is a terminal
     strict_parity     refuse a fast path that differs from transformers, instead of falling back
     cpu_threads       cores that a model on the CPU keeps busy; None: see threads.choose_cpu_threads
@@ -41,6 +45,7 @@ class LoadOptions:
     local_files_only: bool | None = None
     max_sequences: int = 64
     kv_cache_tokens: int | None = None
+    kv_cache_dtype: str = "auto"
     progress: bool = True
     strict_parity: bool = False
     cpu_threads: int | None = None
@@ -140,6 +145,7 @@ def load_backend(
     local_files_only: bool | None = None,
     max_sequences: int = 64,
     kv_cache_tokens: int | None = None,
+    kv_cache_dtype: str = "auto",
     progress: bool = True,
     strict_parity: bool = False,
     cpu_threads: int | None = None,
@@ -157,6 +163,15 @@ def load_backend(
         raise BackendLoadError(f"max_sequences must be 1 or more, got {max_sequences}")
     if kv_cache_tokens is not None and kv_cache_tokens < 1:
         raise BackendLoadError(f"kv_cache_tokens must be 1 or more, got {kv_cache_tokens}")
+    if kv_cache_dtype not in KV_CACHE_DTYPES:
+        raise BackendLoadError(
+            f"kv_cache_dtype must be one of {', '.join(KV_CACHE_DTYPES)}, got {kv_cache_dtype!r}"
+        )
+    if kv_cache_dtype != "auto" and name not in _CHOOSES_KV_DTYPE:
+        raise BackendLoadError(
+            f"kv_cache_dtype {kv_cache_dtype}: the {name} backend has no choice of it; "
+            f"the fused backend has"
+        )
     if cpu_threads is not None and cpu_threads < 1:
         raise BackendLoadError(f"cpu_threads must be 1 or more, got {cpu_threads}")
     return entry.load(
@@ -168,6 +183,7 @@ def load_backend(
             local_files_only=local_files_only,
             max_sequences=max_sequences,
             kv_cache_tokens=kv_cache_tokens,
+            kv_cache_dtype=kv_cache_dtype,
             progress=progress,
             strict_parity=strict_parity,
             cpu_threads=cpu_threads,

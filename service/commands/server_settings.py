@@ -36,6 +36,7 @@ _PANELS = {
         "allow_pickle",
         "local_files_only",
         "kv_cache_tokens",
+        "kv_cache_dtype",
         "strict_parity",
     ),
     "Limits": (

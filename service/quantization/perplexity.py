@@ -116,8 +116,7 @@ def measure_perplexity(
     for group in _groups(windows, most):
         tables, blocks = _block_tables(group)
         if cache.shape[2:3] != (blocks,):
-            layers, *rest = geometry.kv_block_shape
-            cache = torch.empty(layers, rest[0], blocks, *rest[1:], dtype=kv_dtype)
+            cache = torch.empty(geometry.kv_cache_shape(blocks, kv_dtype), dtype=kv_dtype)
         batch, targets = _batch(group, tables)
         logits = model.forward(batch, cache)
         loss += float(torch.nn.functional.cross_entropy(logits, targets, reduction="sum"))

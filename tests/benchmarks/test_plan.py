@@ -138,3 +138,33 @@ def test_the_command_prints_json_without_torch_and_exits_1_where_it_does_not_fit
         assert result.stderr == ""
         codes.append((result.returncode, json.loads(result.stdout)["fits"]))
     assert codes == [(0, True), (1, False)]
+
+
+def test_an_int8_kv_cache_takes_17_bytes_where_float16_takes_32() -> None:
+    """A row of scales beside sixteen tokens of a byte an element."""
+    half = make_plan("gpt-j-6b", "t4", "fp16")
+    int8 = make_plan("gpt-j-6b", "t4", "fp16", kv_cache_dtype="int8")
+    assert int8.kv_bytes_per_token == 448 * 1024 * 17 // 32 == 238 * 1024
+    (one,) = int8.placements
+    free = 14 * GIB - WEIGHTS_FP16
+    assert one.kv_tokens == free // (238 * 1024) // 16 * 16 == 12016
+    assert one.full_context_streams == 5
+    assert one.speed is not None
+    assert half.placements[0].speed is not None
+    faster = one.speed.tokens_per_s[-1][1] / half.placements[0].speed.tokens_per_s[-1][1]
+    read = 2 * 5_844_441_184 + 2048 * 448 * 1024
+    assert faster == pytest.approx(read / (read - 2048 * 210 * 1024), rel=1e-3)
+    assert "KV cache 238 KiB a token in int8" in "\n".join(describe(int8))
+    assert make_plan("gpt-j-6b", "t4", "int8", kv_cache_dtype="float32").kv_bytes_per_token == (
+        2 * half.kv_bytes_per_token
+    )
+
+
+def test_kv_cache_dtypes_that_cannot_be_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="unknown KV cache dtype 'int4': auto, float16"):
+        make_plan("gpt-j-6b", "t4", "fp16", kv_cache_dtype="int4")
+    sizes = {"n_embd": 64, "n_head": 2, "n_layer": 1, "n_positions": 64, "vocab_size": 100}
+    config = {"model_type": "gptj", "rotary_dim": 16, "n_inner": None} | sizes
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(GeometryError, match="heads of 64 features or more, these have 32"):
+        make_plan(str(tmp_path), "t4", "fp16", kv_cache_dtype="int8")

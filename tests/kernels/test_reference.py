@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from gptjet.kernels import reference
+from gptjet.kernels.batch import INT8_KV_ROWS
 from gptjet.kernels.weights import (
     DenseWeight,
     Int4Weight,
@@ -167,3 +168,52 @@ def test_int4_group_of_a_short_row_is_read_with_its_own_scale() -> None:
     assert isinstance(weight, Int4Weight)
     got = reference.linear(torch.eye(131), weight)
     assert torch.allclose(got.T, values, rtol=1e-3)
+
+
+def test_int8_kv_is_within_half_a_level_of_what_was_written() -> None:
+    x = random(3, 2, 64) * torch.tensor([1e-3, 1.0, 1e4])[:, None, None]
+    levels, scales = reference.quantize_kv(x)
+    assert levels.dtype == torch.int8
+    assert scales.shape == (3, 2)
+    assert torch.equal(levels.abs().amax(-1), torch.full((3, 2), 127, dtype=torch.int8))
+    error = (levels.float() * scales[..., None] - x).abs()
+    assert bool((error <= 0.5001 * scales[..., None]).all())
+
+
+def test_int8_kv_of_zeros_is_zero_and_of_nan_or_infinity_is_nan() -> None:
+    x = torch.zeros(3, 1, 64)
+    x[1, 0, 5], x[2, 0, 5] = math.nan, math.inf
+    levels, scales = reference.quantize_kv(x)
+    values = levels.float() * scales[..., None]
+    assert torch.equal(values[0], x[0])
+    assert values[1:].isnan().all()
+
+
+def test_int8_cache_holds_levels_and_scales_of_the_tokens_slots_and_no_others() -> None:
+    cache = torch.zeros(2, 3, 2, INT8_KV_ROWS, 64, dtype=torch.int8)
+    keys, values = random(2, 2, 64), random(2, 2, 64)
+    slots = torch.tensor([2 * 16 + 15, 3])
+    reference.write_kv(cache, keys, values, slots)
+    scales = reference.int8_kv_scales(cache)
+    assert scales.shape == (2, 3, 2, 16)
+    for token, slot in enumerate(slots.tolist()):
+        for held, given in ((0, keys), (1, values)):
+            levels, scale = reference.quantize_kv(given[token : token + 1])
+            assert torch.equal(cache[held, slot // 16, :, slot % 16], levels[0])
+            assert torch.equal(scales[held, slot // 16, :, slot % 16], scale[0])
+    assert int(scales.count_nonzero()) == 2 * 2 * 2
+    assert int(cache[..., :16, :].any(-1).count_nonzero()) == 2 * 2 * 2
+
+
+def test_attention_reads_an_int8_cache_as_the_values_it_stands_for() -> None:
+    int8 = torch.zeros(2, 3, 2, INT8_KV_ROWS, 64, dtype=torch.int8)
+    floats = torch.zeros(2, 3, 2, 16, 64)
+    tables = torch.tensor([[2, 0]], dtype=torch.int32)
+    positions, rows = torch.arange(20).int(), torch.zeros(20, dtype=torch.int32)
+    slots = reference.slot_mapping(positions, rows, tables)
+    reference.write_kv(int8, random(20, 2, 64), random(20, 2, 64), slots)
+    floats[:] = int8[..., :16, :].float() * reference.int8_kv_scales(int8)[..., None]
+    queries = random(20, 2, 64)
+    expected = reference.paged_attention(queries, floats, positions, rows, tables)
+    got = reference.paged_attention(queries, int8, positions, rows, tables)
+    assert torch.allclose(got, expected, atol=1e-6)

@@ -149,3 +149,19 @@ def test_the_engines_part_has_the_engines_defaults() -> None:
 
 def test_every_setting_is_described() -> None:
     assert all(field.description for field in ServerConfig.model_fields.values())
+
+
+def test_kv_cache_dtype_is_one_of_four_wherever_it_is_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server's names are those that a loader takes."""
+    from gptjet.service.backends.factory import KV_CACHE_DTYPES
+
+    file = write(tmp_path, 'kv_cache_dtype = "float16"\n')
+    assert load_config(file).kv_cache_dtype == "float16"
+    for name in KV_CACHE_DTYPES:
+        monkeypatch.setenv("GPTJET_KV_CACHE_DTYPE", name)
+        assert load_config(file).kv_cache_dtype == name
+    assert load_config(file, kv_cache_dtype="int8").kv_cache_dtype == "int8"
+    with pytest.raises(ConfigError, match="--kv-cache-dtype: must be 'auto', 'float16', 'float32'"):
+        load_config(kv_cache_dtype="int4")

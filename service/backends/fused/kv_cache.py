@@ -13,7 +13,7 @@ from gptjet.service.models.memory import format_bytes
 
 def bytes_per_block(geometry: BlockGeometry, dtype: torch.dtype) -> int:
     """Memory of one KV block over all layers."""
-    return prod(geometry.kv_block_shape) * dtype.itemsize
+    return prod(geometry.kv_cache_shape(1, dtype)) * dtype.itemsize
 
 
 def num_kv_blocks(
@@ -49,13 +49,12 @@ def num_kv_blocks(
 def allocate_kv_cache(
     geometry: BlockGeometry, num_blocks: int, *, dtype: torch.dtype, device: torch.device
 ) -> torch.Tensor:
-    """[layers, 2, num_blocks, heads, BLOCK_SIZE, head_dim], uninitialised.
+    """[layers, 2, num_blocks, heads, BLOCK_SIZE, head_dim], uninitialised; INT8: INT8_KV_ROWS rows.
 
     On a CPU the system gives pages when they are first written, so blocks that no sequence has used
     take no memory. Raises BackendLoadError where the system refuses the address space.
     """
-    layers, two, *block = geometry.kv_block_shape
-    shape = (layers, two, num_blocks, *block)
+    shape = geometry.kv_cache_shape(num_blocks, dtype)
     try:
         return torch.empty(shape, dtype=dtype, device=device)
     except (RuntimeError, MemoryError) as error:  # OutOfMemoryError is a RuntimeError

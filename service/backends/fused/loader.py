@@ -25,7 +25,9 @@ from gptjet.service.backends.fused.model import (
     WEIGHT_TYPES,
     Computer,
     build_model,
+    check_kv_cache_dtype,
     check_weight_type,
+    choose_kv_dtype,
 )
 from gptjet.service.backends.fused.runner import ModelRunner
 from gptjet.service.backends.threads import choose_cpu_threads
@@ -121,12 +123,13 @@ def _load_and_prove(
     del weights
     limits = _limits(options, plan, computer)
     try:
-        verdict = _prove(plan, computer, references, limits)
+        kv_dtype = choose_kv_dtype(options.kv_cache_dtype, computer)
+        verdict = _prove(plan, computer, kv_dtype, references, limits)
         if verdict.status is not ParityStatus.PASSED:
             computer.model.close()
             return verdict
         logger.info("parity with transformers passed: %s", verdict.detail)
-        runner, spec = _serve(options, plan, computer, verdict, limits)
+        runner, spec = _serve(options, plan, computer, kv_dtype, verdict, limits)
         spec = dataclasses.replace(spec, num_parameters=num_parameters)
     except BaseException:
         computer.model.close()
@@ -152,6 +155,7 @@ def _plan(options: LoadOptions, checkpoint: Checkpoint, device: torch.device) ->
         class_name = families.check_family(checkpoint).class_name
         num_parameters = 0
     geometry = families.block_geometry(checkpoint, config)
+    check_kv_cache_dtype(options.kv_cache_dtype, geometry, device)
     num_parameters = num_parameters or _count_parameters(geometry)
     needed = int(num_parameters * _BYTES[weight_type])
     free = free_bytes(device)
@@ -220,16 +224,27 @@ def _limits(options: LoadOptions, plan: _Plan, computer: Computer) -> dict[str, 
 def _prove(
     plan: _Plan,
     computer: Computer,
+    kv_dtype: torch.dtype,
     references: dict[str, list[parity.Trace]],
     limits: dict[str, int],
 ) -> ParityVerdict:
-    runner = proof.probe_runner(computer, plan.geometry, plan.device, plan.prompts, **limits)
-    verdict = proof.judge(runner, references, plan.weight_type, computer.kv_dtype)
+    def runner_with(dtype: torch.dtype) -> ModelRunner:
+        return proof.probe_runner(
+            computer, plan.geometry, plan.device, plan.prompts, kv_dtype=dtype, **limits
+        )
+
+    compute = computer.kv_dtype
+    verdict = proof.judge(runner_with(compute), references, plan.weight_type, compute)
+    if kv_dtype is not compute and verdict.status is ParityStatus.PASSED:
+        stored = proof.judge_kv_cache(runner_with(kv_dtype), references, plan.weight_type, compute)
+        verdict = dataclasses.replace(
+            verdict, status=stored.status, detail=f"{verdict.detail}; {stored.detail}"
+        )
     lengths = ", ".join(str(len(prompt)) for prompt in plan.prompts)
     return dataclasses.replace(
         verdict,
         detail=f"{verdict.detail}; prompts of {lengths} tokens; {computer.description}; "
-        f"{parity.versions(*_VERSIONS)}",
+        f"KV cache in {str(kv_dtype).removeprefix('torch.')}; {parity.versions(*_VERSIONS)}",
     )
 
 
@@ -237,6 +252,7 @@ def _serve(
     options: LoadOptions,
     plan: _Plan,
     computer: Computer,
+    kv_dtype: torch.dtype,
     verdict: ParityVerdict,
     limits: dict[str, int],
 ) -> tuple[ModelRunner, BackendSpec]:
@@ -249,12 +265,12 @@ def _serve(
     reserve = 3 * 4 * geometry.vocab_size * max(max_prefill_tokens, options.max_sequences)
     blocks = num_kv_blocks(
         geometry,
-        computer.kv_dtype,
+        kv_dtype,
         max_sequences=options.max_sequences,
         kv_cache_tokens=options.kv_cache_tokens,
         budget_bytes=int((free_bytes(device) - reserve) * _KV_SHARE_OF_FREE_MEMORY[device.type]),
     )
-    cache = allocate_kv_cache(geometry, blocks, dtype=computer.kv_dtype, device=device)
+    cache = allocate_kv_cache(geometry, blocks, dtype=kv_dtype, device=device)
     spec = BackendSpec(
         name="fused",
         model_name=plan.checkpoint.name,
@@ -297,7 +313,10 @@ def _fall_back(options: LoadOptions, plan: _Plan, verdict: ParityVerdict) -> Loa
     )
     is_float = plan.weight_type in ("float32", "float16", "bfloat16")
     chosen = dataclasses.replace(
-        options, device=str(plan.device), dtype=plan.weight_type if is_float else "auto"
+        options,
+        device=str(plan.device),
+        dtype=plan.weight_type if is_float else "auto",
+        kv_cache_dtype="auto",
     )
     loaded = huggingface.load(chosen)
     detail = f"asked for fused, serving huggingface: {verdict.detail}"

@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from gptjet.kernels.cpu import CpuModel, NativeUnavailableError
+from gptjet.kernels.batch import BlockGeometry
+from gptjet.kernels.cpu import CpuModel, NativeUnavailableError, native_library
 from gptjet.kernels.weights import DenseWeight, HeadWeights, Int8Weight, LayerWeights, Weight
 from gptjet.service.backends.fused.runner import FusedModel
 from gptjet.service.engine.errors import BackendLoadError
@@ -30,6 +31,8 @@ WEIGHT_TYPES: dict[str, WeightType] = {
 }
 _ON_CPU = ("float32", "int8", "int4")
 _COMPUTE = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+# PyTorch converts what it reads of a KV cache to what it computes in.
+_TORCH_KV = (torch.float16, torch.float32, torch.int8)
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +40,7 @@ class Computer:
     """A model ready to compute.
 
     kv_dtype           of its KV cache, and what it computes in
+    other_kv_dtypes    that its KV cache may be of instead
     is_batch_invariant what it computes for a token never depends on the other tokens of a pass
     description        of what computes, for people
     """
@@ -45,6 +49,7 @@ class Computer:
     kv_dtype: torch.dtype
     is_batch_invariant: bool
     description: str
+    other_kv_dtypes: tuple[torch.dtype, ...] = ()
 
 
 def check_weight_type(name: str, device: torch.device) -> None:
@@ -53,6 +58,41 @@ def check_weight_type(name: str, device: torch.device) -> None:
         raise BackendLoadError(
             f"the fused backend computes {', '.join(_ON_CPU)} weights on a CPU, not {name}"
         )
+
+
+def check_kv_cache_dtype(name: str, geometry: BlockGeometry, device: torch.device) -> None:
+    """Raise BackendLoadError for a KV cache that cannot be had, before weights are read."""
+    if name == "int8":
+        try:
+            _ = geometry.int8_kv_block_shape
+        except ValueError as error:
+            raise BackendLoadError(f"kv_cache_dtype int8: {error}") from error
+    if device.type == "cpu" and name not in ("auto", "float32"):
+        try:
+            native_library()
+        except NativeUnavailableError:
+            return  # PyTorch will compute
+        raise BackendLoadError(
+            f"kv_cache_dtype {name}: the CPU kernels keep their KV cache in float32, so it may be "
+            f"auto or float32 there; float16 and int8 are for GPUs"
+        )
+
+
+def choose_kv_dtype(name: str, computer: Computer) -> torch.dtype:
+    """The dtype that `--kv-cache-dtype` names; "auto" is what is computed in.
+
+    Raises BackendLoadError where the computer has no such KV cache.
+    """
+    if name == "auto":
+        return computer.kv_dtype
+    possible = {str(dtype).removeprefix("torch."): dtype for dtype in computer.other_kv_dtypes}
+    possible[str(computer.kv_dtype).removeprefix("torch.")] = computer.kv_dtype
+    if name not in possible:
+        raise BackendLoadError(
+            f"kv_cache_dtype {name}: {computer.description} can have auto, "
+            f"{', '.join(sorted(possible))}"
+        )
+    return possible[name]
 
 
 def build_model(
@@ -71,7 +111,9 @@ def build_model(
             _layers_to(weights.layers(), device),
             compute_dtype=compute,
         )
-        return Computer(model, compute, False, f"PyTorch {torch.__version__}")
+        return Computer(
+            model, compute, False, f"PyTorch {torch.__version__}", other_kv_dtypes=_TORCH_KV
+        )
     layers = weights.layers()  # untouched where the kernels cannot be had
     try:
         native = CpuModel.pack(
@@ -90,6 +132,7 @@ def build_model(
             False,
             f"PyTorch {torch.__version__} on {num_threads} threads, as there are no kernels for "
             f"this CPU ({reason})",
+            other_kv_dtypes=_TORCH_KV,
         )
     except (ValueError, MemoryError) as error:
         raise BackendLoadError(

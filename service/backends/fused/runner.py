@@ -62,7 +62,7 @@ class ModelRunner:
     ) -> None:
         """At most `max_tokens` tokens of `max_segments` segments go into one pass.
 
-        kv_cache  [layers, 2, num_blocks, heads, BLOCK_SIZE, head_dim]
+        kv_cache  [layers, 2, num_blocks, heads, BLOCK_SIZE, head_dim]; INT8: INT8_KV_ROWS rows
         """
         self.model = model
         self.geometry = geometry

@@ -64,8 +64,9 @@ class TorchModel:
     def forward(self, batch: ForwardBatch, kv_cache: torch.Tensor) -> torch.Tensor:
         """Logits [R, vocab] float32 of the tokens that batch.logits_rows names.
 
-        kv_cache [layers, 2, num_blocks, heads, BLOCK_SIZE, head_dim], any float dtype: the keys and
-        values of the batch's tokens are written to it. Raises ValueError once closed.
+        kv_cache [layers, 2, num_blocks, heads, BLOCK_SIZE, head_dim], any float dtype, or int8 with
+        INT8_KV_ROWS rows: the keys and values of the batch's tokens are written to it. Raises
+        ValueError once closed.
         """
         head = self._head
         if head is None:

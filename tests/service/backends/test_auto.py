@@ -127,3 +127,15 @@ def test_another_family_is_served_by_transformers(
     spec = load_backend("auto", str(folder), device="cpu").backend.spec
     assert spec.name == "huggingface"
     assert "not of the GPT-J family" in spec.parity.detail
+
+
+def test_a_kv_cache_dtype_is_asked_of_fused_alone(
+    outcomes: dict[str, Outcome], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Any other backend would serve, and with a cache that nobody asked for."""
+    outcomes |= {"huggingface": PASSED}
+    with pytest.raises(BackendLoadError, match=r"^fused: fused cannot$"):
+        load_auto(kv_cache_dtype="int8")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(BackendLoadError, match="only deepspeed shares a model between ranks"):
+        load_auto(kv_cache_dtype="int8")

@@ -13,6 +13,10 @@ import torch
 from gptjet.kernels.batch import ForwardBatch
 from gptjet.service.embedded import heldout_rows
 from gptjet.service.engine.errors import BackendLoadError
+from gptjet.service.models.checkpoint import resolve_checkpoint
+from gptjet.service.models.fused.forward import TorchModel
+from gptjet.service.models.fused.weights import load_fused_weights
+from gptjet.service.models.tokenizer import load_tokenizer
 from gptjet.service.quantization import perplexity
 from gptjet.service.quantization.perplexity import (
     Text,
@@ -112,3 +116,18 @@ def test_files_that_hold_no_text_are_refused_by_name(tmp_path: Path) -> None:
 def test_hash_of_a_text_depends_on_where_its_documents_end() -> None:
     assert Text("a", ("bc", "d")).sha256 != Text("a", ("b", "cd")).sha256
     assert Text("a", ("bc",)).sha256 == Text("other name", ("bc",)).sha256
+
+
+def test_an_int8_kv_cache_costs_the_embedded_model_next_to_nothing() -> None:
+    """Of 6 bits it would be 0.009 %, of 4 bits 0.06 %."""
+    checkpoint = resolve_checkpoint("embedded")
+    tokenizer = load_tokenizer(checkpoint.path, local_files_only=True)
+    documents = [tokenizer.encode(text) for text in heldout_text().documents[:40]]
+    weights = load_fused_weights(checkpoint, "fp32")
+    model = TorchModel(weights.geometry, weights.head, weights.layers())
+    floats, int8 = (
+        measure_perplexity(model, weights.geometry, documents, kv_dtype=dtype).value
+        for dtype in (torch.float32, torch.int8)
+    )
+    assert int8 == pytest.approx(floats, rel=5e-5)
+    assert int8 != floats

@@ -60,6 +60,7 @@ def computer(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
             raise model.NativeUnavailableError("switched off by a test")
 
         monkeypatch.setattr(model.CpuModel, "pack", unavailable)
+        monkeypatch.setattr(model, "native_library", unavailable)
     return str(request.param)
 
 

@@ -64,7 +64,10 @@ def test_passed_parity_stands_in_the_spec_with_what_was_compared(
     assert verdict.status is ParityStatus.PASSED
     assert verdict.tokens_compared == verdict.tokens_agreed == 3 * 17
     assert 0 < verdict.max_relative_error < 1e-4
-    assert "prompts of 1, 5, 48 tokens; CPU kernels on 1 threads" in verdict.detail
+    assert (
+        "prompts of 1, 5, 48 tokens; CPU kernels on 1 threads; KV cache in float32;"
+        in verdict.detail
+    )
 
 
 @pytest.mark.usefixtures("wrong_kernels")
