@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
+    from numpy.typing import NDArray
 
 BLOCK_SIZE = 16
 """Tokens of a KV block."""
@@ -88,3 +90,36 @@ class ForwardBatch:
     sequence_index: torch.Tensor
     block_tables: torch.Tensor
     logits_rows: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingBatch:
+    """How the next token of each of T rows is chosen where the device does it. On the CPU.
+
+    sources        [T] int32, the row of the pass before whose sampled id this row computes, so that
+                   the host need not know it yet; -1 where ForwardBatch.token_ids has it
+    temperature    [T] float64, 0 for the likeliest token
+    top_k          [T] int64, 0 for every token; so are 1 of top_p and 0 of min_p, [T] float64
+    seed           [T] uint64, index [T] and position [T] int64: the random stream, the sequence's
+                   index in its request, and tokens that it has generated so far
+    """
+
+    sources: NDArray[np.int32]
+    temperature: NDArray[np.float64]
+    top_k: NDArray[np.int64]
+    top_p: NDArray[np.float64]
+    min_p: NDArray[np.float64]
+    seed: NDArray[np.uint64]
+    index: NDArray[np.int64]
+    position: NDArray[np.int64]
+
+    @property
+    def draws(self) -> bool:
+        """Whether any row is not simply its likeliest token."""
+        return bool((self.temperature > 0).any())
+
+    @property
+    def filters(self) -> bool:
+        """Whether any row that draws has a top_k or top_p."""
+        cut = (self.top_k > 0) | (self.top_p < 1)
+        return bool((cut & (self.temperature > 0)).any())

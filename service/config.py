@@ -15,8 +15,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import ConfigDict, Field, ValidationError, model_validator
 
+from gptjet.service.config_gpu import GpuConfig
 from gptjet.service.engine.config import EngineConfig
 
 ENV_PREFIX = "GPTJET_"
@@ -35,7 +36,7 @@ class ConfigError(Exception):
     """The settings are not usable; the message names each bad key, its source and its limit."""
 
 
-class ServerConfig(BaseModel):
+class ServerConfig(GpuConfig):
     """Everything `gptjet serve` can be told. Limits of the model itself stand in BackendSpec."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)

@@ -15,6 +15,11 @@ import torch
 
 from gptjet.kernels.cpu import NativeUnavailableError
 from gptjet.kernels.cpu.build import chosen_isa, find_compiler
+from gptjet.kernels.gpu.availability import (
+    KernelsUnavailableError,
+    check_capability,
+    inspect_toolchain,
+)
 from gptjet.service.backends.deepspeed import guards, op_build
 from gptjet.service.backends.deepspeed.op_build import OpReport, OpState
 from gptjet.service.backends.deepspeed.toolchain import OP_NAME
@@ -61,7 +66,7 @@ def examine() -> Diagnosis:
     """Look at this machine. Nothing is downloaded, compiled or loaded."""
     gpu = check_gpu()
     op = check_deepspeed(op_build.inspect(), gpu)
-    checks = (check_packages(), check_host(), check_kernels(), gpu, op)
+    checks = (check_packages(), check_host(), check_kernels(), gpu, check_gpu_kernels(), op)
     backends = ["fused", "huggingface"]
     if op.health is not Health.FAILED:
         backends.append("deepspeed")
@@ -131,6 +136,35 @@ def check_gpu() -> Check:
         f"{driver_version()}",
         (f"serves in {dtype_name(card.dtype)}",),
     )
+
+
+def check_gpu_kernels() -> Check:
+    """Whether the fused backend's GPU kernels can be built, for the card that is there."""
+    toolchain = inspect_toolchain()
+    where = f"{toolchain.num_cached} compiled kernels in {toolchain.cache}"
+    if not torch.cuda.is_available():
+        return Check("fused on a GPU", Health.OK, "there is no GPU to run its kernels on", (where,))
+    card = torch.cuda.get_device_name()
+    major, minor = torch.cuda.get_device_capability()
+    try:
+        note = check_capability(10 * major + minor, card)
+    except KernelsUnavailableError as error:
+        return Check("fused on a GPU", Health.WARNING, str(error))
+    problems = toolchain.obstacles
+    if problems:
+        # A warmed cache needs no compiler and no headers; nothing here can tell what is in it.
+        works = toolchain.triton is not None and toolchain.num_cached > 0
+        listed = "; ".join(problem for problem, _ in problems)
+        summary = (
+            f"{listed}: only kernels that are compiled already can run"
+            if works
+            else f"PyTorch computes, at a fraction of the speed: {listed}"
+        )
+        mend = tuple(f"{command}  # {problem}" for problem, command in problems)
+        return Check("fused on a GPU", Health.WARNING, summary, (where,), mend)
+    summary = f"Triton {toolchain.triton} compiles kernels for sm_{major}{minor} at first use"
+    details = (where,) if note is None else (where, note)
+    return Check("fused on a GPU", Health.OK, summary, details)
 
 
 def check_deepspeed(report: OpReport, gpu: Check) -> Check:

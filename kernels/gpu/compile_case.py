@@ -27,6 +27,8 @@ GPT_J_6B = BlockGeometry(
 """The geometry whose launches are compiled."""
 
 MODULES: tuple[str, ...] = (
+    "dequantize",
+    "embedding",
     "gelu_linear_residual",
     "layer_norm_linear",
     "paged_attention",

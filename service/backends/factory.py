@@ -36,6 +36,7 @@ class LoadOptions:
     cpu_threads       cores that a model on the CPU keeps busy; None: see threads.choose_cpu_threads
     deterministic     what a sequence gets never depends on what else is computed with it, also
                       where the fused backend has no kernels that promise it; slow there
+    cuda_graphs       replay decode steps as CUDA graphs, where the fused backend's kernels run
     """
 
     model: str
@@ -50,6 +51,7 @@ class LoadOptions:
     strict_parity: bool = False
     cpu_threads: int | None = None
     deterministic: bool = False
+    cuda_graphs: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +152,7 @@ def load_backend(
     strict_parity: bool = False,
     cpu_threads: int | None = None,
     deterministic: bool = False,
+    cuda_graphs: bool = True,
 ) -> LoadedModel:
     """Load `model` into the backend called `name`; the arguments are those of LoadOptions.
 
@@ -188,5 +191,6 @@ def load_backend(
             strict_parity=strict_parity,
             cpu_threads=cpu_threads,
             deterministic=deterministic,
+            cuda_graphs=cuda_graphs,
         )
     )

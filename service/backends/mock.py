@@ -11,12 +11,20 @@ So "abc" goes on "defgh…" for ever and "The X" goes on "YZ" and ends.
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Generator
 
 import torch
 
 from gptjet.service.backends.logprobs import token_logprobs
-from gptjet.service.engine.backend import BackendSpec, PrefillResult, ScheduledBatch, ScoreJob
+from gptjet.service.engine.backend import (
+    BackendSpec,
+    PrefillResult,
+    SampledBatch,
+    ScheduledBatch,
+    ScoreJob,
+)
+from gptjet.service.engine.sampler import Sampler
 from gptjet.service.engine.sequence import Sequence
 from gptjet.service.engine.tokenizer import ByteTokenizer
 
@@ -67,10 +75,11 @@ class MockBackend:
         max_prefill_batch_size: int = 1,
         max_prefill_tokens: int | None = None,
         max_draft_tokens: int = 0,
+        samples_on_device: bool = False,
     ) -> None:
         """`prefill_ms` and `decode_ms` are slept in each step, so that latencies are known.
 
-        The last two limits are for the paged mode.
+        The last three are for the paged mode.
         """
         self._spec = BackendSpec(
             name="mock",
@@ -89,12 +98,17 @@ class MockBackend:
             paged=paged,
             max_prefill_tokens=max_prefill_tokens,
             max_draft_tokens=max_draft_tokens,
+            samples_on_device=samples_on_device,
             eos_token_ids=(_EOS,),
         )
         self._prefill_s = prefill_ms / 1000
         self._decode_s = decode_ms / 1000
         self.cached: dict[int, list[int]] = {}
         self._slots = [_EMPTY] * (self._spec.num_kv_blocks * block_size if paged else 0)
+        self._sampler = Sampler(_VOCAB, (_EOS,))
+        self._chosen: list[int] = []  # by the step launched last
+        self._unread: deque[MockTokenIds] = deque()
+        self.num_launched_ahead = 0
 
     @property
     def spec(self) -> BackendSpec:
@@ -144,6 +158,35 @@ class MockBackend:
             inputs += (sequence.last_token_id, *drafts)
         return _logits_of(inputs)
 
+    def decode_and_sample(self, batch: SampledBatch) -> MockTokenIds:
+        """See the class; everything is computed at once, and told when it is waited for.
+
+        `num_launched_ahead` counts the steps that came before the last one was read.
+        """
+        while self._unread and self._unread[0].is_read:
+            self._unread.popleft()
+        self.num_launched_ahead += bool(self._unread)
+        self._copy_blocks(batch)
+        inputs = []
+        for row, sequence in enumerate(batch.sequences):
+            source, end = batch.sources[row], batch.positions[row] + 1
+            known = sequence.token_ids
+            tokens = known if source < 0 else [*known, max(self._chosen[source], 0)]
+            where = f"sequence {sequence.sequence_id}"
+            if len(tokens) != end or end > len(sequence.block_table) * self._spec.block_size:
+                raise RuntimeError(
+                    f"{where}: token {end - 1} of {len(tokens)} with blocks for "
+                    f"{len(sequence.block_table) * self._spec.block_size}"
+                )
+            if source < 0 and tokens[-1] != batch.token_ids[row]:
+                raise RuntimeError(f"{where}: token {batch.token_ids[row]} is not its last one")
+            self._write_slots(where, sequence.block_table, tokens, end - 1, end)
+            inputs.append(tokens[-1])
+        states = [sequence.sampling_state for sequence in batch.sequences]
+        self._chosen = self._sampler.choose(_logits_of(inputs), states, batch.draw_positions)
+        self._unread.append(MockTokenIds(self._chosen, self._decode_s))
+        return self._unread[-1]
+
     def score(self, job: ScoreJob) -> Generator[None, None, tuple[torch.Tensor, ...]]:
         """By the class's rule; one piece for the prompt, one for each candidate.
 
@@ -186,7 +229,7 @@ class MockBackend:
 
     # --- paged ---
 
-    def _copy_blocks(self, batch: ScheduledBatch) -> None:
+    def _copy_blocks(self, batch: ScheduledBatch | SampledBatch) -> None:
         """All at once, as a tensor copy would."""
         size = self._spec.block_size
         if len({destination for _, destination in batch.block_copies}) < len(batch.block_copies):
@@ -244,6 +287,21 @@ class MockBackend:
                 self._slots[slot] = state
             elif self._slots[slot] != state:
                 raise RuntimeError(f"{where}: slot {slot} does not hold token {position}")
+
+
+class MockTokenIds:
+    """Ids that are there once they are waited for, as a device's are."""
+
+    def __init__(self, token_ids: list[int], seconds: float) -> None:
+        self._token_ids = token_ids
+        self._seconds = seconds
+        self.is_read = False
+
+    def wait(self) -> list[int]:
+        """See SampledTokenIds."""
+        time.sleep(self._seconds)
+        self.is_read = True
+        return self._token_ids
 
 
 def _logits_of(token_ids: list[int]) -> torch.Tensor:

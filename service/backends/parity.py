@@ -15,7 +15,7 @@ import platform
 from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass
 from importlib import metadata
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 
@@ -25,6 +25,9 @@ from gptjet.service.engine.backend import (
     ParityStatus,
     ParityVerdict,
     PrefillResult,
+    SampledBatch,
+    SampledTokenIds,
+    SamplingBackend,
     ScheduledBatch,
     ScoreJob,
 )
@@ -263,6 +266,10 @@ class WithParity:
     def decode(self, batch: ScheduledBatch) -> torch.Tensor:
         """The backend's own."""
         return self._backend.decode(batch)
+
+    def decode_and_sample(self, batch: SampledBatch) -> SampledTokenIds:
+        """The backend's own, where its spec says that it has one."""
+        return cast(SamplingBackend, self._backend).decode_and_sample(batch)
 
     def score(self, job: ScoreJob) -> Generator[None, None, tuple[torch.Tensor, ...]]:
         """The backend's own."""

@@ -37,6 +37,7 @@ _PANELS = {
         "local_files_only",
         "kv_cache_tokens",
         "kv_cache_dtype",
+        "cuda_graphs",
         "strict_parity",
     ),
     "Limits": (

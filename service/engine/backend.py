@@ -48,6 +48,7 @@ class BackendSpec:
     max_prefill_tokens  tokens of one prefill step over its sequences; None: whole prompts only.
                    For paged backends.
     max_draft_tokens  guesses a sequence may have verified in one decode step. For paged backends.
+    samples_on_device  it is a SamplingBackend. For paged backends.
     """
 
     name: str
@@ -66,6 +67,7 @@ class BackendSpec:
     paged: bool = False
     max_prefill_tokens: int | None = None
     max_draft_tokens: int = 0
+    samples_on_device: bool = False
     eos_token_ids: tuple[int, ...] = ()
     parity: ParityVerdict = field(default_factory=ParityVerdict)
 
@@ -95,6 +97,40 @@ class ScheduledBatch:
     sequences: tuple[Sequence, ...]
     num_tokens: tuple[int, ...] = ()
     block_copies: tuple[tuple[int, int], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class SampledBatch:
+    """A decode step of B sequences whose next tokens the backend chooses.
+
+    One entry a sequence in each of these:
+
+    positions      of the token that is computed
+    token_ids      that token; moot where `sources` names a row
+    sources        row of the step launched before this one, whose choice is that token; -1: none
+    draw_positions  tokens that the sequence has generated before the one that is chosen now: its
+                   place in the random stream (see philox)
+
+    How the token is chosen stands in each sequence's `sampling_state`.
+    """
+
+    sequences: tuple[Sequence, ...]
+    positions: tuple[int, ...]
+    token_ids: tuple[int, ...]
+    sources: tuple[int, ...]
+    draw_positions: tuple[int, ...]
+    block_copies: tuple[tuple[int, int], ...] = ()
+
+
+class SampledTokenIds(Protocol):
+    """What a launched step will have chosen."""
+
+    def wait(self) -> list[int]:
+        """The ids [B], once there; -1 for a row whose logits are not usable (see Sampler).
+
+        Raises what went wrong in the step.
+        """
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,4 +211,17 @@ class Backend(Protocol):
 
     def close(self) -> None:
         """Give the device's memory back. Nothing is called after it."""
+        ...
+
+
+class SamplingBackend(Backend, Protocol):
+    """A backend that can choose tokens itself, and compute on while nobody has looked at them."""
+
+    def decode_and_sample(self, batch: SampledBatch) -> SampledTokenIds:
+        """Launch a step and return without waiting for it.
+
+        Greedy, temperature, top_k, top_p and min_p, by the same numbers as the Sampler. One more
+        step may be launched before these ids are read, and work of any other kind: it computes
+        after it. Ids are read in the order of the steps, or not at all.
+        """
         ...

@@ -7,10 +7,9 @@ import itertools
 import logging
 import time
 from dataclasses import dataclass, field
-from itertools import accumulate
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING
 
-from gptjet.service.engine.backend import Backend, Phase, ScheduledBatch
+from gptjet.service.engine.backend import Backend, ScheduledBatch
 from gptjet.service.engine.config import EngineConfig
 from gptjet.service.engine.detokenizer import Detokenizer
 from gptjet.service.engine.endings import log_failure, rest_of, summarize
@@ -26,24 +25,20 @@ from gptjet.service.engine.request import (
     TokenLogprob,
     validate_request,
 )
-from gptjet.service.engine.sampler import NonFiniteLogitsError, Sampler
+from gptjet.service.engine.sampler import Sampler
 from gptjet.service.engine.scheduler import Scheduler
 from gptjet.service.engine.score import ScoreOutcome
 from gptjet.service.engine.scoring import Scorer
 from gptjet.service.engine.sequence import Sequence, SequenceStatus
+from gptjet.service.engine.steps import Outputs, Steps
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from collections.abc import Sequence as Seq
-
-    import torch
 
     from gptjet.service.engine.score import ScoreRequest
     from gptjet.service.engine.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
-
-_Failure: TypeAlias = tuple[tuple[Sequence, ...], Exception]
 
 
 @dataclass(slots=True)
@@ -61,20 +56,6 @@ class _RequestState:
     @property
     def started(self) -> bool:
         return any(sequence.first_step_ns for sequence in self.sequences)
-
-
-@dataclass(slots=True)
-class _Tokens:
-    """What a decode step with drafts added to a sequence."""
-
-    token_ids: list[int] = field(default_factory=list)
-    texts: list[str] = field(default_factory=list)
-    logprobs: list[TokenLogprob] = field(default_factory=list)
-
-    def add(self, token_id: int, text: str, logprob: TokenLogprob | None) -> None:
-        self.token_ids.append(token_id)
-        self.texts.append(text)
-        self.logprobs += _entries(logprob)
 
 
 class Engine:
@@ -102,6 +83,17 @@ class Engine:
         self._can_verify = self.spec.paged and self.spec.max_draft_tokens > 0
         self.sampler = Sampler(self.spec.vocab_size, self.spec.eos_token_ids)
         self.scorer = Scorer(backend, self.scheduler, log_failure)
+        self._steps = Steps(
+            backend,
+            self.scheduler,
+            self.sampler,
+            is_urgent=lambda: self.scorer.has_work,
+            attempt=self._attempt,
+            report=self._report,
+            echo=self._echo,
+            fail=self.fail,
+        )
+        self._compute = self._steps.compute
         self._requests: dict[int, _RequestState] = {}
         self._request_of: dict[int, _RequestState] = {}  # by sequence_id
         self._deadlines: list[tuple[int, int]] = []  # heap of (deadline_ns, key)
@@ -200,20 +192,23 @@ class Engine:
         self._watch_deadline(key, request.deadline_ns)
         return key
 
-    def cancel(
-        self, key: int, reason: FinishReason = FinishReason.CANCELLED
-    ) -> list[tuple[int, RequestOutput]]:
+    def cancel(self, key: int, reason: FinishReason = FinishReason.CANCELLED) -> Outputs:
         """Stop a request now and free what it holds. An unknown or finished key is fine."""
         self.scorer.cancel(key, reason)
         state = self._requests.get(key)
         return [] if state is None else self._abort(state.sequences, reason)
 
-    def step(self) -> list[tuple[int, RequestOutput]]:
+    def step(self) -> Outputs:
         """Advance one batch, or one piece of a score request.
 
         Never raises for what a request or a backend does wrong.
         """
         outputs = self._expire_deadlines()
+        launched = self._steps.in_flight
+        if launched is not None:
+            self.scorer.note_step(launched.phase)
+            self._attempt(launched, self._steps.go_on, outputs)
+            return outputs
         if self.scorer.is_due() and self.scorer.run_piece():
             self.scheduler.require_decode()
             return outputs
@@ -225,142 +220,27 @@ class Engine:
         now_ns = time.monotonic_ns()
         for sequence in batch.sequences:
             sequence.first_step_ns = sequence.first_step_ns or now_ns
+        self._attempt(batch, self._compute, outputs)
+        return outputs
+
+    def _attempt(
+        self,
+        batch: ScheduledBatch,
+        compute: Callable[[ScheduledBatch, Outputs], None],
+        outputs: Outputs,
+    ) -> None:
         try:
-            self._compute(batch, outputs)
+            compute(batch, outputs)
         except Exception as error:  # noqa: BLE001 - whatever a backend raises concerns the
             # sequences of this step and nobody else; `fail` logs it with its traceback.
             outputs += self.fail(batch.sequences, error)
-        return outputs
 
-    def fail(
-        self, sequences: tuple[Sequence, ...] | None, error: Exception
-    ) -> list[tuple[int, RequestOutput]]:
+    def fail(self, sequences: tuple[Sequence, ...] | None, error: Exception) -> Outputs:
         """End `sequences` (None: every one) with ERROR; the log has the traceback and the id."""
         if sequences is None:
             self.scorer.fail_all(error)
             sequences = tuple(s for state in self._requests.values() for s in state.sequences)
         return self._abort(sequences, FinishReason.ERROR, log_failure(error, len(sequences)))
-
-    def _compute(self, batch: ScheduledBatch, outputs: list[tuple[int, RequestOutput]]) -> None:
-        """Run the batch; appends to `outputs` as it goes, so that an error loses none of them."""
-        if batch.phase is Phase.PREFILL:
-            self._prefill(batch, outputs)
-        elif batch.num_tokens:
-            self._verify(batch, outputs)
-        else:
-            logits = self.backend.decode(batch)
-            sampled, failures = self._sample(logits, batch.sequences)
-            for sequence, token_id, logprob in sampled:
-                text = self._append(sequence, token_id)
-                self.scheduler.decoded(sequence)
-                outputs.append(self._report(sequence, text, (token_id,), _entries(logprob)))
-            for failed, error in failures:
-                outputs += self.fail(failed, error)
-
-    def _prefill(self, batch: ScheduledBatch, outputs: list[tuple[int, RequestOutput]]) -> None:
-        result = self.backend.prefill(batch)
-        for row, prompt_logits in enumerate(result.prompt_logits):
-            if prompt_logits is not None:
-                sequence = batch.sequences[row]
-                count = batch.num_tokens[row] if batch.num_tokens else sequence.num_prompt_tokens
-                outputs += self._add_prompt_logprobs(sequence, prompt_logits, count)
-        decided = self.scheduler.prefilled(batch)
-        if not decided:
-            return
-        rows, sequences = [row for row, _ in decided], [sequence for _, sequence in decided]
-        logits = result.logits
-        if rows != list(range(len(logits))):
-            logits = logits[rows]
-        try:
-            self._start(sequences, logits, outputs)
-        except Exception as error:  # noqa: BLE001 - as in `step`, for sequences that are not in the
-            # batch too: those that have just been forked off one of it.
-            outputs += self.fail(tuple(sequences), error)
-
-    def _start(
-        self,
-        sequences: list[Sequence],
-        logits: torch.Tensor,
-        outputs: list[tuple[int, RequestOutput]],
-    ) -> None:
-        """Sample what follows the prompts, which are computed."""
-        sampled, failures = self._sample(logits, sequences)
-        for sequence, token_id, logprob in sampled:
-            if sequence.request.sampling_params.echo and not sequence.output_token_ids:
-                outputs.append(self._echo(sequence))
-            text = self._append(sequence, token_id)
-            outputs.append(self._report(sequence, text, (token_id,), _entries(logprob)))
-        for failed, error in failures:
-            outputs += self.fail(failed, error)
-
-    def _verify(self, batch: ScheduledBatch, outputs: list[tuple[int, RequestOutput]]) -> None:
-        """A decode step with drafts: sample token by token, as without them, while they agree.
-
-        Every token is drawn with the state that those before it leave, so it is the very token
-        that a step of its own would have drawn; the first that differs from its draft stands too.
-        """
-        logits = self.backend.decode(batch)
-        first_row = dict(
-            zip(batch.sequences, accumulate(batch.num_tokens, initial=0), strict=False)
-        )
-        added = {sequence: _Tokens() for sequence in batch.sequences}
-        failures: list[_Failure] = []
-        agreed = list(batch.sequences)
-        position = 0
-        while agreed:
-            rows = [first_row[sequence] + position for sequence in agreed]
-            sampled, failed_now = self._sample(logits[rows], agreed)
-            failures += failed_now
-            agreed = []
-            for sequence, token_id, logprob in sampled:
-                added[sequence].add(token_id, self._append(sequence, token_id), logprob)
-                drafted = sequence.draft_token_ids[position : position + 1]
-                if sequence.finish_reason is None and drafted == (token_id,):
-                    agreed.append(sequence)
-            position += 1
-        for sequence, tokens in added.items():
-            sequence.num_drafted_tokens += len(sequence.draft_token_ids)
-            sequence.num_accepted_tokens += max(0, len(tokens.token_ids) - 1)
-            self.scheduler.decoded(sequence)
-            if tokens.token_ids:
-                outputs.append(
-                    self._report(
-                        sequence,
-                        "".join(tokens.texts),
-                        tuple(tokens.token_ids),
-                        tuple(tokens.logprobs),
-                    )
-                )
-        for failed, error in failures:
-            outputs += self.fail(failed, error)
-
-    def _sample(
-        self, logits: torch.Tensor, sequences: Seq[Sequence]
-    ) -> tuple[list[tuple[Sequence, int, TokenLogprob | None]], list[_Failure]]:
-        """A token for each row of logits, and the sequences whose rows are not finite."""
-        failures: list[_Failure] = []
-        try:
-            sampled = self.sampler.sample(logits, [s.sampling_state for s in sequences])
-        except NonFiniteLogitsError as error:
-            # NaN or infinity in one row says nothing about the others.
-            failures = [(tuple(sequences[row] for row in error.rows), error)]
-            good = [row for row in range(len(sequences)) if row not in error.rows]
-            sequences = [sequences[row] for row in good]
-            sampled = self.sampler.sample(logits[good], [s.sampling_state for s in sequences])
-        return list(zip(sequences, sampled.token_ids, sampled.logprobs, strict=True)), failures
-
-    def _add_prompt_logprobs(
-        self, sequence: Sequence, prompt_logits: torch.Tensor, num_tokens: int
-    ) -> list[tuple[int, RequestOutput]]:
-        """Take those of one chunk; returns the end of a sequence whose logits are not finite."""
-        start = sequence.num_computed_tokens
-        try:
-            sequence.prompt_logprobs += self.sampler.prompt_logprobs(
-                prompt_logits, sequence.sampling_state, start, start + num_tokens
-            )
-        except NonFiniteLogitsError as error:
-            return self.fail((sequence,), error)
-        return []
 
     def _echo(self, sequence: Sequence) -> tuple[int, RequestOutput]:
         request = sequence.request
@@ -373,33 +253,6 @@ class Engine:
             is_prompt=True,
         )
         return self._request_of[sequence.sequence_id].key, output
-
-    def _append(self, sequence: Sequence, token_id: int) -> str:
-        """Append a sampled token; returns the text that is now certain, and sets finish_reason."""
-        params = sequence.request.sampling_params
-        sequence.output_token_ids.append(token_id)
-        if sequence.lookup is not None:
-            sequence.lookup.add(token_id)
-        text = ""
-        is_eos = token_id in self.spec.eos_token_ids and not params.ignore_eos
-        if is_eos or token_id in params.stop_token_ids:
-            sequence.finish_reason = FinishReason.STOP_TOKEN
-            sequence.stop_match = token_id
-        else:
-            text = sequence.detokenizer.push(token_id)
-            if sequence.detokenizer.stop_match is not None:
-                sequence.finish_reason = FinishReason.STOP_STRING
-                sequence.stop_match = sequence.detokenizer.stop_match
-            elif len(sequence.output_token_ids) >= params.max_new_tokens:
-                sequence.finish_reason = FinishReason.LENGTH
-        if sequence.finish_reason in (FinishReason.LENGTH, FinishReason.STOP_TOKEN):
-            # What was held back can no longer grow. The U+FFFD of an unfinished character may
-            # still complete a stop string that holds one.
-            text += sequence.detokenizer.flush()
-            if sequence.detokenizer.stop_match is not None:
-                sequence.finish_reason = FinishReason.STOP_STRING
-                sequence.stop_match = sequence.detokenizer.stop_match
-        return text
 
     def _report(
         self,
@@ -448,7 +301,7 @@ class Engine:
         sequences: list[Sequence] | tuple[Sequence, ...],
         reason: FinishReason,
         error: Exception | None = None,
-    ) -> list[tuple[int, RequestOutput]]:
+    ) -> Outputs:
         outputs = []
         for sequence in sequences:
             if sequence.status is not SequenceStatus.FINISHED:
@@ -456,8 +309,8 @@ class Engine:
                 outputs.append(self._report(sequence, rest_of(sequence), error=error))
         return outputs
 
-    def _expire_deadlines(self) -> list[tuple[int, RequestOutput]]:
-        outputs: list[tuple[int, RequestOutput]] = []
+    def _expire_deadlines(self) -> Outputs:
+        outputs: Outputs = []
         now_ns = time.monotonic_ns()
         while self._deadlines and self._deadlines[0][0] <= now_ns:
             _, key = heapq.heappop(self._deadlines)
@@ -482,7 +335,3 @@ class Engine:
                 if entry[1] in self._requests or entry[1] in self.scorer
             ]
             heapq.heapify(self._deadlines)
-
-
-def _entries(logprob: TokenLogprob | None) -> tuple[TokenLogprob, ...]:
-    return () if logprob is None else (logprob,)

@@ -58,6 +58,16 @@ class SamplingState:
     plain: bool = False
 
     @property
+    def needs_host(self) -> bool:
+        """The next token depends on more than its logits, temperature, top_k, top_p and min_p."""
+        params = self.params
+        return params.logprobs is not None or params.typical_p != 1.0 or self.processors.active
+
+    def observe(self, token_id: int) -> None:
+        """Advance by a token that was chosen elsewhere, from the same numbers."""
+        self.processors.observe(token_id)
+
+    @property
     def num_output_tokens(self) -> int:
         """Tokens sampled so far, which is the position of the next one in the random stream."""
         return self.processors.num_output
@@ -128,6 +138,22 @@ class Sampler:
             state.processors.observe(token_id)
         return SampledTokens(token_ids, logprobs)
 
+    def choose(
+        self, logits: torch.Tensor, states: Seq[SamplingState], positions: Seq[int]
+    ) -> list[int]:
+        """The id a row that `sample` would choose of a state that has generated `positions` tokens.
+
+        No state is advanced; -1 for a row that is not usable. For states that do not need the host:
+        what a backend that samples computes, and how one does that has logits on the CPU.
+        """
+        scores = logits[:, : self._num_usable]
+        usable = ~_unusable(logits)
+        chosen = _argmax(scores.nan_to_num(nan=0.0))
+        for row, state in enumerate(states):
+            if not state.params.is_greedy and bool(usable[row]):
+                chosen[row] = _draw_pass(scores[row : row + 1], [state], [positions[row]])[0]
+        return [int(token) if good else -1 for token, good in zip(chosen, usable, strict=True)]
+
     def _is_plain_step(self, logits: torch.Tensor, states: Seq[SamplingState]) -> bool:
         return (
             self._num_usable == self._vocab_size
@@ -194,8 +220,10 @@ def _draw(scores: torch.Tensor, states: Seq[SamplingState]) -> torch.Tensor:
     return torch.cat([_draw_pass(scores[rows], states[rows]) for rows in _passes(scores)])
 
 
-def _draw_pass(scores: torch.Tensor, states: Seq[SamplingState]) -> torch.Tensor:
-    """Ids [B] by the states' temperature, filters and random stream."""
+def _draw_pass(
+    scores: torch.Tensor, states: Seq[SamplingState], positions: Seq[int] | None = None
+) -> torch.Tensor:
+    """Ids [B] by the states' temperature, filters and random stream, there or at `positions`."""
     params = [state.params for state in states]
     weights = lg.to_weights(scores, [p.temperature for p in params])
     vocab = scores.shape[1]
@@ -208,7 +236,7 @@ def _draw_pass(scores: torch.Tensor, states: Seq[SamplingState]) -> torch.Tensor
     uniform = uniforms(
         [state.seed for state in states],
         [state.index for state in states],
-        [state.num_output_tokens for state in states],
+        [state.num_output_tokens for state in states] if positions is None else positions,
     )
     return lg.draw(weights, uniform)
 

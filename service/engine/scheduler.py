@@ -11,7 +11,7 @@ from gptjet.service.engine.prompt_lookup import PromptLookup
 from gptjet.service.engine.sequence import Sequence, SequenceStatus
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Set
     from collections.abc import Sequence as Seq
 
 
@@ -80,6 +80,42 @@ class Scheduler:
                 return self._prefill_batch()
         self._decode_is_due = False
         return self._decode_batch()
+
+    def schedule_ahead(self, in_flight: Set[Sequence]) -> ScheduledBatch | None:
+        """The decode step after one that is still being computed, or None: that must end first.
+
+        The sequences `in_flight` are taken to go on with one token more, but for those whose last
+        one it is. Prompts come first, as they would; nobody is preempted. For paged backends.
+        """
+        self._admit()
+        if self.prefilling:
+            return None
+        ends: dict[Sequence, int] = {}
+        for sequence in self.running:
+            end = sequence.num_tokens + (sequence in in_flight)
+            if end < sequence.request.max_tokens:
+                ends[sequence] = end
+            if len(ends) == self._spec.max_batch_size:
+                break
+        manager = self.block_manager
+        tight = [
+            sequence
+            for sequence, end in ends.items()
+            if not manager.is_writable(sequence.block_table, end - 1, end)
+        ]
+        # One token is in one block, so each needs one more at most.
+        if not ends or len(tight) > manager.num_free_blocks:
+            return None
+        copies: list[tuple[int, int]] = []
+        for sequence in tight:
+            end = ends[sequence]
+            made = manager.make_writable(sequence.sequence_id, end - 1, end)
+            assert made is not None, "there is a free block for each"
+            copies += made
+        for sequence in ends:
+            self.running.remove(sequence)
+        self.running.extend(ends)
+        return ScheduledBatch(Phase.DECODE, tuple(ends), (), tuple(copies))
 
     def prefilled(self, batch: ScheduledBatch) -> list[tuple[int, Sequence]]:
         """Note that a prefill step is computed: (row, sequence) for each next token it decides.

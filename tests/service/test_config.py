@@ -36,6 +36,17 @@ def test_flag_wins_over_environment_over_file_over_default(
     assert config.host == "127.0.0.1"
 
 
+def test_cuda_graphs_are_switched_by_every_source(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    assert load_config().cuda_graphs
+    file = write(tmp_path, "cuda_graphs = false")
+    assert not load_config(file).cuda_graphs
+    monkeypatch.setenv("GPTJET_CUDA_GRAPHS", "true")
+    assert load_config(file).cuda_graphs
+    assert not load_config(file, cuda_graphs=False).cuda_graphs
+
+
 def test_flag_that_is_none_was_not_given(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GPTJET_PORT", "3")
     assert load_config(port=None).port == 3

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import typer
 from typer.testing import CliRunner
 
+from gptjet.kernels.gpu.availability import Toolchain
 from gptjet.service import doctor
 from gptjet.service.backends.deepspeed.op_build import Obstacle, OpReport, OpState
 from gptjet.service.commands import doctor as command
@@ -62,7 +64,7 @@ def test_report_names_versions_the_op_the_mending_command_and_what_runs(
 
 def test_machine_without_a_gpu_is_examined_as_it_is(app: typer.Typer) -> None:
     parsed = json.loads(CliRunner().invoke(app, ["--json"]).output)
-    names = ["packages", "host", "fused on a CPU", "gpu", "deepspeed"]
+    names = ["packages", "host", "fused on a CPU", "gpu", "fused on a GPU", "deepspeed"]
     assert [check["name"] for check in parsed["checks"]] == names
     assert parsed["backends"][:2] == ["fused", "huggingface"]
 
@@ -99,3 +101,53 @@ def test_model_that_cannot_be_compared_here_is_a_usage_error(
     result = CliRunner().invoke(app, ["--model", "embedded", "--backend", "deepspeed"])
     assert result.exit_code == 2
     assert "--backend huggingface" in result.output
+
+
+@pytest.fixture
+def t4(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A card as PyTorch describes one."""
+    monkeypatch.setattr(doctor.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(doctor.torch.cuda, "get_device_name", lambda: "Tesla T4")
+    monkeypatch.setattr(doctor.torch.cuda, "get_device_capability", lambda: (7, 5))
+
+
+def toolchain(
+    *, triton: str | None = "3.6.0", compiler: str | None = "/usr/bin/gcc", cached: int = 0
+) -> Toolchain:
+    return Toolchain(triton, compiler, True, Path("/cache"), cached)
+
+
+@pytest.mark.usefixtures("t4")
+def test_gpu_kernels_are_shown_with_their_compiler_and_cache(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(doctor, "inspect_toolchain", lambda: toolchain(cached=7))
+    check = doctor.check_gpu_kernels()
+    assert (check.name, check.health) == ("fused on a GPU", Health.OK)
+    assert check.summary == "Triton 3.6.0 compiles kernels for sm_75 at first use"
+    assert check.details == ("7 compiled kernels in /cache",)
+
+
+@pytest.mark.usefixtures("t4")
+def test_gpu_kernels_that_cannot_be_built_are_told_with_the_mending_command(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(doctor, "inspect_toolchain", lambda: toolchain(compiler=None))
+    check = doctor.check_gpu_kernels()
+    assert check.health is Health.WARNING
+    assert check.summary.startswith("PyTorch computes, at a fraction of the speed: no C compiler")
+    assert check.mend[0].startswith("apt-get install -y gcc")
+    monkeypatch.setattr(doctor, "inspect_toolchain", lambda: toolchain(compiler=None, cached=3))
+    assert "only kernels that are compiled already" in doctor.check_gpu_kernels().summary
+    monkeypatch.setattr(doctor, "inspect_toolchain", lambda: toolchain(triton=None, cached=3))
+    assert "PyTorch computes" in doctor.check_gpu_kernels().summary
+
+
+@pytest.mark.usefixtures("t4")
+def test_card_too_old_for_the_kernels_is_told_what_computes_instead(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(doctor.torch.cuda, "get_device_capability", lambda: (6, 0))
+    check = doctor.check_gpu_kernels()
+    assert check.health is Health.WARNING
+    assert "sm_60 and the kernels are for sm_70 and newer" in check.summary

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
-from gptjet.kernels.batch import BLOCK_SIZE
+from gptjet.kernels.batch import BLOCK_SIZE, SamplingBatch
 from gptjet.service.backends.fused.runner import ModelRunner, Segment
 from gptjet.service.backends.fused.scoring import score
-from gptjet.service.engine.backend import BackendSpec, PrefillResult, ScheduledBatch, ScoreJob
+from gptjet.service.engine.backend import (
+    BackendSpec,
+    PrefillResult,
+    SampledBatch,
+    SampledTokenIds,
+    ScheduledBatch,
+    ScoreJob,
+)
 
 if TYPE_CHECKING:
     from gptjet.service.engine.sequence import Sequence
@@ -24,9 +32,17 @@ class FusedBackend:
     """
 
     def __init__(
-        self, runner: ModelRunner, spec: BackendSpec, *, torch_threads: int | None = None
+        self,
+        runner: ModelRunner,
+        spec: BackendSpec,
+        *,
+        torch_threads: int | None = None,
+        prepare: Callable[[], None] | None = None,
     ) -> None:
-        """`torch_threads` is what PyTorch has again once this is closed."""
+        """torch_threads  what PyTorch has again once this is closed
+        prepare        done once, in `warm_up`, when nothing is in the KV cache yet
+        """
+        self._prepare = prepare
         self._runner = runner
         self._spec = spec
         self._torch_threads = torch_threads
@@ -49,6 +65,8 @@ class FusedBackend:
         _owned(self._runner.run([Segment([0] * length, 0, blocks, wanted=1)]))
         if most > length:
             self._runner.decode([0], [length], [blocks])
+        if self._prepare is not None:
+            self._prepare()
         if self._runner.kv_cache.device.type == "cuda":
             torch.cuda.synchronize(self._runner.kv_cache.device)
 
@@ -91,6 +109,24 @@ class FusedBackend:
             start = sequence.num_tokens - 1
             segments.append(Segment(token_ids, start, sequence.block_table, wanted=len(token_ids)))
         return _owned(self._runner.run(segments))
+
+    def decode_and_sample(self, batch: SampledBatch) -> SampledTokenIds:
+        """See SamplingBackend; where `spec.samples_on_device`."""
+        self._runner.copy_blocks(batch.block_copies)
+        states = [sequence.sampling_state for sequence in batch.sequences]
+        params = [state.params for state in states]
+        sampling = SamplingBatch(
+            sources=np.array(batch.sources, np.int32),
+            temperature=np.array([p.temperature for p in params], np.float64),
+            top_k=np.array([min(p.top_k, self._spec.vocab_size) for p in params], np.int64),
+            top_p=np.array([p.top_p for p in params], np.float64),
+            min_p=np.array([p.min_p for p in params], np.float64),
+            seed=np.array([state.seed for state in states], np.uint64),
+            index=np.array([state.index for state in states], np.int64),
+            position=np.array(batch.draw_positions, np.int64),
+        )
+        tables = [sequence.block_table for sequence in batch.sequences]
+        return self._runner.decode_and_sample(batch.token_ids, batch.positions, tables, sampling)
 
     def score(self, job: ScoreJob) -> Generator[None, None, tuple[torch.Tensor, ...]]:
         """See Backend; `job.block_table` must hold the blocks that ScoreJob describes."""

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from gptjet.kernels.batch import BlockGeometry
+from gptjet.kernels.gpu.model import GpuModel
 from gptjet.service.backends import huggingface, layerwise, parity
 from gptjet.service.backends.device import (
     choose_device,
@@ -18,7 +21,7 @@ from gptjet.service.backends.device import (
     give_back,
 )
 from gptjet.service.backends.factory import LoadedModel
-from gptjet.service.backends.fused import proof
+from gptjet.service.backends.fused import gpu, proof
 from gptjet.service.backends.fused.backend import FusedBackend
 from gptjet.service.backends.fused.kv_cache import allocate_kv_cache, num_kv_blocks
 from gptjet.service.backends.fused.model import (
@@ -118,7 +121,13 @@ def _load_and_prove(
     """The backend, or the verdict it failed with, its memory given back."""
     references = _record(plan)
     weights = _load_weights(plan, progress=options.progress)
-    computer = build_model(weights, plan.weight_type, plan.device, num_threads=plan.num_threads)
+    computer = build_model(
+        weights,
+        plan.weight_type,
+        plan.device,
+        num_threads=plan.num_threads,
+        max_rows=options.max_sequences,
+    )
     num_parameters = weights.num_parameters
     del weights
     limits = _limits(options, plan, computer)
@@ -138,7 +147,22 @@ def _load_and_prove(
         # The kernels have threads of their own. PyTorch's would wait for work by spinning, on the
         # same cores, and what is left for them (sampling) is small.
         torch.set_num_threads(1)
-    return FusedBackend(runner, spec, torch_threads=torch_threads)
+    return FusedBackend(
+        runner,
+        spec,
+        torch_threads=torch_threads,
+        prepare=_graph_recorder(options, computer, runner),
+    )
+
+
+def _graph_recorder(
+    options: LoadOptions, computer: Computer, runner: ModelRunner
+) -> Callable[[], None] | None:
+    """What records the decode step as CUDA graphs, where there is one to record."""
+    model = computer.model
+    if not (options.cuda_graphs and isinstance(model, GpuModel) and model.device.type == "cuda"):
+        return None
+    return functools.partial(gpu.record_graphs, model, runner.kv_cache, progress=options.progress)
 
 
 def _plan(options: LoadOptions, checkpoint: Checkpoint, device: torch.device) -> _Plan:
@@ -263,6 +287,10 @@ def _serve(
     max_prefill_tokens = _MAX_PREFILL_TOKENS[device.type]
     # A step's logits, and the sampler's copies of them.
     reserve = 3 * 4 * geometry.vocab_size * max(max_prefill_tokens, options.max_sequences)
+    if isinstance(computer.model, GpuModel):
+        reserve += computer.model.reserved_bytes(
+            limits["max_tokens"], graphs_wanted=options.cuda_graphs
+        )
     blocks = num_kv_blocks(
         geometry,
         kv_dtype,
@@ -287,6 +315,8 @@ def _serve(
         paged=True,
         max_prefill_tokens=max_prefill_tokens,
         max_draft_tokens=_MAX_DRAFT_TOKENS,
+        # One segment a pass is for the sake of determinism: then a step is many passes.
+        samples_on_device=isinstance(computer.model, GpuModel) and not options.deterministic,
         eos_token_ids=eos_token_ids(
             plan.config, plan.checkpoint.generation_config, geometry.vocab_size
         ),

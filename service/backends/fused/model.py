@@ -5,13 +5,16 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
 from gptjet.kernels.batch import BlockGeometry
 from gptjet.kernels.cpu import CpuModel, NativeUnavailableError, native_library
+from gptjet.kernels.gpu.availability import KernelsUnavailableError
 from gptjet.kernels.weights import DenseWeight, HeadWeights, Int8Weight, LayerWeights, Weight
+from gptjet.service.backends.fused import gpu
+from gptjet.service.backends.fused.placing import head_to, layers_to
 from gptjet.service.backends.fused.runner import FusedModel
 from gptjet.service.engine.errors import BackendLoadError
 from gptjet.service.models.architecture import one_line
@@ -67,7 +70,8 @@ def check_kv_cache_dtype(name: str, geometry: BlockGeometry, device: torch.devic
             _ = geometry.int8_kv_block_shape
         except ValueError as error:
             raise BackendLoadError(f"kv_cache_dtype int8: {error}") from error
-    if device.type == "cpu" and name not in ("auto", "float32"):
+    on_cpu = device.type == "cpu" and not gpu.is_interpreted(device)
+    if on_cpu and name not in ("auto", "float32"):
         try:
             native_library()
         except NativeUnavailableError:
@@ -96,24 +100,21 @@ def choose_kv_dtype(name: str, computer: Computer) -> torch.dtype:
 
 
 def build_model(
-    weights: FusedWeights, weight_type: str, device: torch.device, *, num_threads: int
+    weights: FusedWeights,
+    weight_type: str,
+    device: torch.device,
+    *,
+    num_threads: int,
+    max_rows: int = 1,
 ) -> Computer:
     """Take the layers of `weights` into the fastest model that runs on `device`.
 
-    Where the kernels for a CPU cannot be had (no compiler, another processor) the log says why and
-    PyTorch computes.
+    Where the kernels for a device cannot be had (no compiler, another processor, a card that they
+    are not for) the log says why and PyTorch computes. `max_rows` is the most sequences that decode
+    together.
     """
-    if device.type != "cpu":
-        compute = _COMPUTE.get(weight_type, torch.float16)
-        model = TorchModel(
-            weights.geometry,
-            _head_to(weights.head, device),
-            _layers_to(weights.layers(), device),
-            compute_dtype=compute,
-        )
-        return Computer(
-            model, compute, False, f"PyTorch {torch.__version__}", other_kv_dtypes=_TORCH_KV
-        )
+    if device.type != "cpu" or gpu.is_interpreted(device):
+        return _build_on_gpu(weights, weight_type, device, max_rows)
     layers = weights.layers()  # untouched where the kernels cannot be had
     try:
         native = CpuModel.pack(
@@ -159,35 +160,27 @@ def _stored(weight: Weight) -> torch.Tensor:
     return weight.quantized if isinstance(weight, Int8Weight) else weight.packed
 
 
-def _layers_to(layers: Iterator[LayerWeights], device: torch.device) -> Iterator[LayerWeights]:
-    for layer in layers:
-        yield LayerWeights(
-            layer.norm_weight.to(device),
-            layer.norm_bias.to(device),
-            _weight_to(layer.w_in, device),
-            _weight_to(layer.w_out, device),
+def _build_on_gpu(
+    weights: FusedWeights, weight_type: str, device: torch.device, max_rows: int
+) -> Computer:
+    try:
+        operations = gpu.load_operations(weight_type, device)
+    except KernelsUnavailableError as error:
+        reason = one_line(error)
+        logger.warning("PyTorch computes instead of the GPU kernels: %s", reason)
+        compute = _COMPUTE.get(weight_type, torch.float16)
+        torch_model = TorchModel(
+            weights.geometry,
+            head_to(weights.head, device),
+            layers_to(weights.layers(), device),
+            compute_dtype=compute,
         )
-
-
-def _head_to(head: HeadWeights, device: torch.device) -> HeadWeights:
-    embedding = head.embedding.to(device)
-    lm_head = head.lm_head
-    if isinstance(lm_head, DenseWeight) and lm_head.weight is head.embedding:
-        lm_head = replace(lm_head, weight=embedding)  # tied: one copy for both
-    return HeadWeights(
-        embedding,
-        head.norm_weight.to(device),
-        head.norm_bias.to(device),
-        _weight_to(lm_head, device),
-    )
-
-
-def _weight_to(weight: Weight, device: torch.device) -> Weight:
-    bias = None if weight.bias is None else weight.bias.to(device)
-    if isinstance(weight, DenseWeight):
-        return DenseWeight(weight.weight.to(device), bias)
-    if isinstance(weight, Int8Weight):
-        return Int8Weight(weight.quantized.to(device), weight.scale.to(device), bias)
-    return replace(
-        weight, packed=weight.packed.to(device), scale=weight.scale.to(device), bias=bias
-    )
+        return Computer(
+            torch_model,
+            compute,
+            False,
+            f"PyTorch {torch.__version__}, as the GPU kernels cannot be used ({reason})",
+            other_kv_dtypes=_TORCH_KV,
+        )
+    model = gpu.build_gpu_model(weights, operations, device, max_rows=max_rows)
+    return Computer(model, torch.float16, False, operations.name, other_kv_dtypes=(torch.int8,))

@@ -9,12 +9,13 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
 
-from gptjet.kernels.batch import BLOCK_SIZE, BlockGeometry, ForwardBatch
+from gptjet.kernels.batch import BLOCK_SIZE, BlockGeometry, ForwardBatch, SamplingBatch
+from gptjet.service.engine.backend import SampledTokenIds
 
 
 class FusedModel(Protocol):
@@ -31,6 +32,17 @@ class FusedModel(Protocol):
 
     def close(self) -> None:
         """Give the memory back."""
+        ...
+
+
+@runtime_checkable
+class SamplingModel(Protocol):
+    """A FusedModel that can choose the next tokens where it computes them."""
+
+    def forward_and_sample(
+        self, batch: ForwardBatch, sampling: SamplingBatch, kv_cache: torch.Tensor
+    ) -> SampledTokenIds:
+        """Launch one token of each sequence and the choice of the next; see SamplingBatch."""
         ...
 
 
@@ -99,20 +111,40 @@ class ModelRunner:
         self, token_ids: Sequence[int], positions: Sequence[int], tables: Sequence[Sequence[int]]
     ) -> torch.Tensor:
         """One token each of S sequences: logits [S, V] float32. S is at most `max_segments`."""
+        return self.model.forward(self._batch_of(token_ids, positions, tables), self.kv_cache)
+
+    def decode_and_sample(
+        self,
+        token_ids: Sequence[int],
+        positions: Sequence[int],
+        tables: Sequence[Sequence[int]],
+        sampling: SamplingBatch,
+    ) -> SampledTokenIds:
+        """One token each of S sequences, and the next ones, which nobody has waited for yet.
+
+        S is at most `max_segments`. Raises TypeError where the model does not sample.
+        """
+        if not isinstance(self.model, SamplingModel):
+            raise TypeError(f"{type(self.model).__name__} does not sample")
+        batch = self._batch_of(token_ids, positions, tables)
+        return self.model.forward_and_sample(batch, sampling, self.kv_cache)
+
+    def _batch_of(
+        self, token_ids: Sequence[int], positions: Sequence[int], tables: Sequence[Sequence[int]]
+    ) -> ForwardBatch:
         size = len(token_ids)
         self._token_ids[:size] = token_ids
         self._positions[:size] = positions
         for row, table in enumerate(tables):
             self._write_table(row, table)
         everyone = self._count_tensor[:size]
-        batch = ForwardBatch(
+        return ForwardBatch(
             token_ids=self._tensors[0][:size],
             positions=self._tensors[1][:size],
             sequence_index=everyone,
             block_tables=self._tables_tensor[:size],
             logits_rows=everyone,
         )
-        return self.model.forward(batch, self.kv_cache)
 
     def run(self, segments: Iterable[Segment]) -> torch.Tensor:
         """Any number of segments, in as many passes as they need.

@@ -463,8 +463,29 @@ def test_drafts_change_no_token_text_logprob_or_ending(params: dict[str, Any]) -
         assert speculation is not None
         total = sum(s.completion_tokens for s in summary_of(drafted).sequences)
         steps = speculation.decode_steps + speculation.accepted_tokens
-        assert steps == total - params.get("n", 1)  # the prefill gave the first of each
+        # The prefill gave the first of each; a guess that ended one stood for the step's own token.
+        num_sequences = params.get("n", 1)
+        assert total - num_sequences <= steps <= total
         assert summary_of(plain).speculation is None
+
+
+def test_guess_that_the_sequence_ends_with_counts_as_accepted() -> None:
+    """After "abcabc..." comes "defg": the guess at the stop token is right, and is the last."""
+    prompt = "cdefghabc"
+    backend = drafting_backend()
+    outputs = run_one(
+        make_engine(backend),
+        prompt,
+        max_new_tokens=20,
+        prompt_lookup_tokens=4,
+        stop_token_ids=(ord("h"),),
+    )
+    assert "".join(map(chr, ids_of(outputs))) == "defgh"
+    speculation = summary_of(outputs).speculation
+    assert speculation is not None
+    # "d" comes with the prompt, then "efgh" was guessed whole, and "h" ends it.
+    assert (speculation.drafted_tokens, speculation.accepted_tokens) == (4, 4)
+    assert speculation.decode_steps == 1
 
 
 def test_drafts_stay_within_every_limit() -> None:
@@ -533,7 +554,7 @@ def test_an_error_after_the_prompt_fails_the_forks_of_it_too(
         raise RuntimeError("the sampler broke")
 
     key = add(engine, "abc", n=2, echo=True, max_new_tokens=3)
-    monkeypatch.setattr(engine, "_sample", broken)
+    monkeypatch.setattr(engine._steps, "_sample", broken)
     outputs = dict.fromkeys((0, 1), None)
     for found, output in engine.step():
         assert found == key

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from gptjet.service.backends.mock import MockBackend
 from gptjet.service.engine import engine as engine_module
-from gptjet.service.engine.backend import Phase, PrefillResult, ScheduledBatch
+from gptjet.service.engine.backend import Phase, PrefillResult, SampledBatch, ScheduledBatch
 from gptjet.service.engine.config import EngineConfig
 from gptjet.service.engine.engine import Engine
 from gptjet.service.engine.request import FinishReason, RequestOutput, SamplingParams, new_request
@@ -124,6 +124,15 @@ class Rules(MockBackend):
         self.last_phase = Phase.DECODE
         return super().decode(batch)
 
+    def decode_and_sample(self, batch: SampledBatch) -> Any:
+        assert 0 < len(batch.sequences) <= self.spec.max_batch_size
+        for row, sequence in enumerate(batch.sequences):
+            assert sequence.draft_token_ids == ()
+            assert not sequence.sampling_state.needs_host
+            assert batch.positions[row] + 1 < sequence.request.max_tokens
+        self.last_phase = Phase.DECODE
+        return super().decode_and_sample(batch)
+
 
 def check(engine: Engine) -> None:
     """Count the blocks from the sequences' side."""
@@ -190,6 +199,7 @@ LIMITS = st.fixed_dictionaries(
         "max_prefill_batch_size": st.integers(1, 3),
         "max_prefill_tokens": st.none() | st.integers(1, 16),
         "max_draft_tokens": st.integers(0, 5),
+        "samples_on_device": st.booleans(),
     }
 )
 

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from gptjet.service.backends import parity
 from gptjet.service.backends.factory import LoadedModel, load_backend
+from gptjet.service.backends.fused import gpu, model, proof
 from gptjet.service.engine.config import EngineConfig
 from gptjet.service.engine.engine import Engine
 from gptjet.service.engine.request import RequestOutput, SamplingParams, new_request
+
+if TYPE_CHECKING:
+    from gptjet.kernels.gpu.operations import Operations
 
 
 class Reference:
@@ -52,16 +58,47 @@ class Reference:
 
 @pytest.fixture(params=["kernels", "torch"])
 def computer(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Which model computes: the CPU kernels, or PyTorch where no compiler is found."""
+    """Which model computes: the CPU kernels, or PyTorch where no compiler is found.
+
+    A test may ask for "interpreted" too: the GPU kernels, in float16, by Triton's interpreter.
+    """
     if request.param == "torch":
-        from gptjet.service.backends.fused import model
 
         def unavailable(*_: Any, **__: Any) -> None:
             raise model.NativeUnavailableError("switched off by a test")
 
         monkeypatch.setattr(model.CpuModel, "pack", unavailable)
-        monkeypatch.setattr(model, "native_library", unavailable)
+    if request.param == "interpreted":
+        request.getfixturevalue("quick_interpreter")
+        monkeypatch.setattr(gpu, "interpret_on_cpu", True)
+        monkeypatch.setattr(gpu, "triton_operations", _interpreted_operations)
+        # A pass takes a good part of a second. The gate has tests of its own.
+        monkeypatch.setattr(proof, "choose_probes", lambda *_: ((5, 6, 7),))
+        monkeypatch.setattr(parity, "_STEPS", 2)
     return str(request.param)
+
+
+def _interpreted_operations() -> Operations:
+    """The kernels in as few programs as there can be: the interpreter's time goes by programs."""
+    from gptjet.kernels.gpu.operations import triton_operations
+    from gptjet.kernels.gpu.tuning import Tile
+
+    def whole(kernel: Any, weight_at: int) -> Any:
+        def run(*arguments: Any, **options: Any) -> None:
+            outputs, inputs = arguments[weight_at].shape
+            block_k = 1 << (inputs - 1).bit_length()
+            block_n = min(256, 2**17 // block_k)  # of eight rows, a tensor of 2**20
+            tile = Tile(block_n, block_k, 4, 1, 1, tiles_per_program=-(-outputs // block_n))
+            kernel(*arguments, tile=tile, **options)
+
+        return run
+
+    kernels = triton_operations()
+    return dataclasses.replace(
+        kernels,
+        layer_norm_linear=whole(kernels.layer_norm_linear, 4),
+        gelu_linear_residual=whole(kernels.gelu_linear_residual, 3),
+    )
 
 
 @pytest.fixture
@@ -78,8 +115,8 @@ def load_fused() -> Iterator[Callable[..., LoadedModel]]:
     threads = torch.get_num_threads()
     yield load
     torch.set_num_threads(threads)
-    for model in loaded:
-        model.backend.close()
+    for one in loaded:
+        one.backend.close()
 
 
 @pytest.fixture(scope="session")
@@ -158,6 +195,35 @@ def prompts_for(context: int) -> list[list[int]]:
 def reference_of() -> Callable[[Path], Reference]:
     """`reference_of(folder)`: its Reference, made once a session."""
     return functools.cache(Reference)
+
+
+@pytest.fixture
+def check_greedy(
+    computer: str, reference_of: Callable[[Path], Reference]
+) -> Callable[[Path, Sequence[int], Sequence[int]], None]:
+    """`check_greedy(folder, prompt, tokens)`: they are what transformers says in float32.
+
+    Of a computer in float16, each must be the likeliest after those before it, but for ties within
+    what rounding explains (twice parity's limit), and nearly all must be the likeliest.
+    """
+
+    def check(folder: Path, prompt: Sequence[int], tokens: Sequence[int]) -> None:
+        if not tokens:
+            return
+        reference = reference_of(folder)
+        if computer != "interpreted":
+            assert list(tokens) == reference.generate(prompt, len(tokens))
+            return
+        rows = reference.logits([*prompt, *tokens])[len(prompt) - 1 : -1]
+        rows = rows - rows.mean(1, keepdim=True)
+        best = rows.amax(1)
+        chosen = rows.gather(1, torch.tensor(list(tokens)).unsqueeze(1)).squeeze(1)
+        layers = int(reference.model.config.n_layer)
+        limit = 2 * parity.tolerance(torch.float16, layers) * rows.abs().amax(1)
+        assert (best - chosen <= limit).all()
+        assert int((best != chosen).sum()) <= 1 + len(tokens) // 20
+
+    return check
 
 
 @pytest.fixture
