@@ -19,7 +19,7 @@ from transformers import AutoModel, DynamicCache, GPTJConfig
 
 from gptjet.kernels.batch import BlockGeometry
 from gptjet.kernels.reference import dequantize_rows
-from gptjet.kernels.weights import LayerWeights, Weight
+from gptjet.kernels.weights import DenseWeight, LayerWeights, Weight
 from gptjet.service.models.checkpoint import Checkpoint
 from gptjet.service.models.fused import families
 from gptjet.service.models.fused.tensors import TensorFiles
@@ -177,9 +177,9 @@ def _split_layer(layer: LayerWeights, geometry: BlockGeometry) -> dict[str, torc
 
 
 def _values(weight: Weight, start: int = 0, stop: int | None = None) -> torch.Tensor:
-    """What rows [start, stop) stand for, without a second float32 copy on the way."""
+    """What rows [start, stop) stand for, where they are; no second float32 copy on the way."""
     stop = weight.shape[0] if stop is None else stop
-    values = torch.empty(stop - start, weight.shape[1])
+    values = torch.empty(stop - start, weight.shape[1], device=_device(weight))
     for first in range(0, len(values), _DEQUANTIZED_ROWS):
         rows = values[first : first + _DEQUANTIZED_ROWS]
         dequantize_rows(weight, start + first, start + first + len(rows), rows)
@@ -187,7 +187,15 @@ def _values(weight: Weight, start: int = 0, stop: int | None = None) -> torch.Te
 
 
 def _bias(weight: Weight) -> torch.Tensor:
-    return torch.zeros(weight.shape[0]) if weight.bias is None else weight.bias
+    if weight.bias is None:
+        return torch.zeros(weight.shape[0], device=_device(weight))
+    return weight.bias
+
+
+def _device(weight: Weight) -> torch.device:
+    if isinstance(weight, DenseWeight):
+        return weight.weight.device
+    return weight.scale.device
 
 
 def _gptj_config(geometry: BlockGeometry) -> GPTJConfig:
