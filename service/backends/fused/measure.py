@@ -8,7 +8,7 @@ For programs that may not import backends. On a CPU the kernels are interpreted:
 command, and its times say nothing. Each line has a `kind`:
 
     model    what computes, geometry, weight type, seconds to make it
-    parity   whole-model verdict against transformers' blocks on the same weights, computed in float32
+    parity   whole-model verdict against transformers' blocks on the same weights, in float32
     proof    a subject ("model/int8") and whether all of its parity passed
     cell     times of one (input, output) length at batch 1, raw, a list a repeat
     decode   times of decode steps of a batch, `graphs`: replayed as CUDA graphs or launched

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from gptjet.kernels.batch import BlockGeometry
+from gptjet.kernels.gpu.compile_case import GPT_J_6B
 from gptjet.kernels.weights import (
     DenseWeight,
     HeadWeights,
@@ -23,16 +24,7 @@ from gptjet.service.backends.fused.model import WEIGHT_TYPES
 from gptjet.service.models.fused.weights import FusedWeights
 
 GEOMETRIES: dict[str, BlockGeometry] = {
-    "gpt-j-6b": BlockGeometry(
-        num_layers=28,
-        hidden_size=4096,
-        num_heads=16,
-        head_dim=256,
-        rotary_dim=64,
-        inner_size=16384,
-        vocab_size=50400,
-        max_context=2048,
-    ),
+    "gpt-j-6b": GPT_J_6B,
     # What an interpreted kernel does in under a second.
     "tiny": BlockGeometry(
         num_layers=1,
