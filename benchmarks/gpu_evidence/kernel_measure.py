@@ -32,6 +32,7 @@ import torch
 Record = dict[str, Any]
 
 ROWS = {"gpt-j-6b": (1, 2, 3, 4, 5, 6, 7, 8), "tiny": (1, 3)}
+_MODULE = "gptjet.benchmarks.gpu_evidence.kernel_measure"
 _MIB = 1 << 20
 # Far beyond every second-level cache (H100: 50 MiB).
 _WORKING_SET_BYTES = {"cuda": 512 * _MIB, "cpu": 0}
@@ -219,7 +220,7 @@ def run_parity(geometry: str, device_name: str, jobs: int) -> Iterator[Record]:
 
 def _run_part(flags: Sequence[str], part: str) -> list[Record]:
     """The records of a process of its own; what it did not get to is missing, and so not proven."""
-    command = [sys.executable, "-m", __spec__.name, "parity", *flags, "--part", part]
+    command = [sys.executable, "-m", _MODULE, "parity", *flags, "--part", part]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     records = []
     for line in done.stdout.splitlines():

@@ -29,10 +29,12 @@ from typing import Any
 
 import torch
 
+from gptjet.kernels.batch import BLOCK_SIZE
 from gptjet.kernels.gpu.model import GpuModel
 from gptjet.service.backends import layerwise, parity
 from gptjet.service.backends.device import choose_device, give_back
 from gptjet.service.backends.fused import gpu, proof, timing
+from gptjet.service.backends.fused.backend import FusedBackend
 from gptjet.service.backends.fused.kv_cache import allocate_kv_cache
 from gptjet.service.backends.fused.model import Computer, build_model
 from gptjet.service.backends.fused.random_weights import (
@@ -40,8 +42,9 @@ from gptjet.service.backends.fused.random_weights import (
     RandomWeights,
     count_parameters,
 )
-from gptjet.service.backends.fused.runner import ModelRunner
-from gptjet.service.engine.backend import ParityStatus
+from gptjet.service.backends.fused.runner import ModelRunner, SamplingModel
+from gptjet.service.backends.measure import parse_cells
+from gptjet.service.engine.backend import BackendSpec, ParityStatus
 from gptjet.service.engine.errors import BackendLoadError
 
 Record = dict[str, Any]
@@ -204,6 +207,31 @@ def measure_profile(subject: Subject, *, steps: int) -> Iterator[Record]:
     runner.close()
 
 
+def build_backend(subject: Subject, *, max_sequences: int, max_tokens: int) -> FusedBackend:
+    """The backend as a server would load it, for sequences of up to `max_tokens` tokens."""
+    geometry = subject.weights.geometry
+    num_blocks = max_sequences * -(-max_tokens // BLOCK_SIZE)
+    runner, model, _ = _prepare(subject, num_blocks, max_sequences)
+    spec = BackendSpec(
+        name="fused",
+        model_name=f"random {subject.geometry_name}",
+        architecture="GPTJForCausalLM",
+        num_parameters=count_parameters(geometry),
+        device=str(subject.device),
+        dtype=subject.weight_type,
+        vocab_size=geometry.vocab_size,
+        max_context=geometry.max_context,
+        max_sequences=max_sequences,
+        max_batch_size=max_sequences,
+        max_prefill_batch_size=max_sequences,
+        num_kv_blocks=num_blocks,
+        paged=True,
+        max_prefill_tokens=runner.max_tokens,
+        samples_on_device=isinstance(model, SamplingModel),
+    )
+    return FusedBackend(runner, spec)
+
+
 def _prepare(
     subject: Subject, num_blocks: int, max_rows: int
 ) -> tuple[ModelRunner, GpuModel, Record]:
@@ -292,11 +320,6 @@ def print_records(make: Callable[[], Iterator[Record]]) -> int:
     return 0
 
 
-def _cells(text: str) -> list[tuple[int, int]]:
-    pairs = [entry.split(":") for entry in text.split(",") if entry]
-    return [(int(input_tokens), int(output_tokens)) for input_tokens, output_tokens in pairs]
-
-
 def _numbers(text: str) -> list[int]:
     return [int(entry) for entry in text.split(",")]
 
@@ -308,7 +331,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--geometry", choices=sorted(GEOMETRIES), default="gpt-j-6b")
     parser.add_argument("--weight-type", choices=WEIGHT_TYPES, default="float16")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--cells", type=_cells, default=[], help="input:output,…")
+    parser.add_argument("--cells", type=parse_cells, default=[], help="input:output,…")
     parser.add_argument("--batches", type=_numbers, default=[1], help="1,2,4,…")
     parser.add_argument("--repeats", type=int, default=3, help="timed runs of each cell")
     parser.add_argument("--steps", type=int, default=48, help="timed steps of each batch")
