@@ -6,6 +6,7 @@ timing can take the next one each time and none of it is in a cache.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
@@ -69,7 +70,8 @@ class Launchable(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class KernelCase:
-    """subject: what is proven by it, "kernels/int8". make(device, working_set_bytes)."""
+    """subject: what is proven by it, "kernels/int8". make(device, working_set_bytes): launches that
+    read little have one copy whatever they are asked for."""
 
     subject: str
     kernel: str
@@ -116,30 +118,30 @@ def _shared_cases(geometry: BlockGeometry) -> Iterator[KernelCase]:
             shared,
             "paged_attention",
             f"{name} KV, contexts {', '.join(map(str, contexts))}",
-            lambda device, size, kv=kv: _Attention(geometry, contexts, kv, device, 0),  # type: ignore[misc]
+            functools.partial(_Attention, geometry, contexts, kv),
             rows=len(contexts),
         )
         yield KernelCase(
             shared,
             "paged_attention",
             f"{name} KV, context {most}",
-            lambda device, size, kv=kv: _Attention(geometry, [most], kv, device, size),  # type: ignore[misc]
+            functools.partial(_Attention, geometry, [most], kv),
             is_timed=True,
         )
         yield KernelCase(
             shared,
             "rotary_write_kv",
             f"{name} KV",
-            lambda device, size, kv=kv: _RotaryWrite(geometry, kv, device),  # type: ignore[misc]
+            functools.partial(_RotaryWrite, geometry, kv),
             rows=_RotaryWrite.ROWS,
         )
-    yield KernelCase(shared, "embed", "rows 3", lambda device, size: _Embed(geometry, device))
+    yield KernelCase(shared, "embed", "rows 3", functools.partial(_Embed, geometry))
     for kind in ("int8", "int4"):
         yield KernelCase(
             shared,
             "dequantize_rows",
             kind,
-            lambda device, size, kind=kind: _Dequantize(geometry, kind, device),  # type: ignore[misc]
+            functools.partial(_Dequantize, geometry, kind),
         )
     for draws, filters in ((False, False), (True, False), (True, True)):
         name = "greedy" if not draws else ("top-k and top-p" if filters else "temperature")
@@ -147,7 +149,7 @@ def _shared_cases(geometry: BlockGeometry) -> Iterator[KernelCase]:
             shared,
             "sample",
             name,
-            lambda device, size, kinds=(draws, filters): _Sampling(geometry, kinds, device),  # type: ignore[misc]
+            functools.partial(_Sampling, geometry, (draws, filters)),
             is_timed=True,
         )
 
@@ -250,7 +252,9 @@ class _RotaryWrite:
     ROWS = 5
     copies = 1
 
-    def __init__(self, geometry: BlockGeometry, kv: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, geometry: BlockGeometry, kv: torch.dtype, device: torch.device, _: int
+    ) -> None:
         torch.manual_seed(_SEED)
         heads, head_dim = geometry.num_heads, geometry.head_dim
         width = heads * head_dim
@@ -315,7 +319,7 @@ class _RotaryWrite:
 class _Embed:
     copies = 1
 
-    def __init__(self, geometry: BlockGeometry, device: torch.device) -> None:
+    def __init__(self, geometry: BlockGeometry, device: torch.device, _: int) -> None:
         torch.manual_seed(_SEED)
         size = (geometry.vocab_size, geometry.hidden_size)
         self._embedding = torch.randn(*size, device=device).half()
@@ -342,7 +346,7 @@ class _Dequantize:
     copies = 1
     _ROWS = 512
 
-    def __init__(self, geometry: BlockGeometry, kind: str, device: torch.device) -> None:
+    def __init__(self, geometry: BlockGeometry, kind: str, device: torch.device, _: int) -> None:
         torch.manual_seed(_SEED)
         n, k = min(self._ROWS, geometry.hidden_size), geometry.hidden_size
         self._weight: Int8Weight | Int4Weight
@@ -379,7 +383,7 @@ class _Sampling:
     _ROWS = 8
 
     def __init__(
-        self, geometry: BlockGeometry, kinds: tuple[bool, bool], device: torch.device
+        self, geometry: BlockGeometry, kinds: tuple[bool, bool], device: torch.device, _: int
     ) -> None:
         torch.manual_seed(_SEED)
         self._draws, self._filters = kinds

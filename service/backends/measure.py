@@ -242,7 +242,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--backend", choices=("huggingface", "deepspeed"), required=True)
     parser.add_argument("--geometry", choices=sorted(GEOMETRIES), default="gpt-j-6b")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--cells", type=parse_cells, default=[], help="input:output,… ; none: parity")
+    parser.add_argument(
+        "--cells", type=parse_cells, default=[], help="input:output,… ; none: parity"
+    )
     parser.add_argument("--repeats", type=int, default=3)
     flags = parser.parse_args(arguments)
     try:

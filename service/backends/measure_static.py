@@ -103,13 +103,11 @@ class _StaticRunner:
     def time_run(self, input_tokens: int, output_tokens: int) -> list[float]:
         """ms to the first token, then between tokens; a token counts once it is on the host."""
         ids = self._prompt(input_tokens)
-        times_ms = []
+        times_ms, token = [], 0
         start = time.perf_counter()
         for step in range(output_tokens):
-            if step == 0:
-                row = self._prefill(ids)
-            else:
-                row = self._decode(token, input_tokens + step - 1)
+            is_first = step == 0
+            row = self._prefill(ids) if is_first else self._decode(token, input_tokens + step - 1)
             token = int(row.argmax())
             now = time.perf_counter()
             times_ms.append(1000 * (now - start))
