@@ -63,6 +63,11 @@ bench: $(DEV) $(PACKAGE) ## Micro-benchmarks of the engine; ARGS="-k sample" nar
 		-o python_files='bench_*.py' -o python_functions='bench_*' \
 		--benchmark-only --benchmark-json=build/bench.json $(ARGS)
 
+.PHONY: chaos
+chaos: $(DEV) $(PACKAGE) ## Make faults happen on real servers; 30 minutes, ARGS="--quick" 3.
+	$(BIN)/python -c 'import atheris' 2>/dev/null || $(PIP_INSTALL) -r requirements/chaos.txt
+	$(BIN)/python -m gptjet.benchmarks.chaos $(ARGS)
+
 # ---- checks -------------------------------------------------------------------------------------
 
 .PHONY: lint

@@ -57,7 +57,9 @@ def module_map(root: Path) -> str:
     for contract in sorted((root / "proto").rglob("*.proto")):
         folder = contract.relative_to(root).parent
         block = blocks.setdefault(folder, [(f"{folder}/", "")])
-        block.append((f"  {contract.name}", "The wire contract"))
+        # The first sentence of the comment that each begins with.
+        summary = contract.read_text(encoding="utf-8").removeprefix("// ").partition(".")[0]
+        block.append((f"  {contract.name}", summary))
     width = max((len(name) for block in blocks.values() for name, _ in block), default=0) + 2
     lines = [
         "\n".join(f"{name:{width}}{summary}".rstrip() for name, summary in block)

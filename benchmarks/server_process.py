@@ -27,15 +27,8 @@ from gptjet.service.client import Client, GptjetError
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 """How `gptjet serve --dtype` spells a weight type; others are passed on under their own name."""
 
-# Runs before the server's own interpreter starts its work, in the child, between fork and serve.
-_DIE_WITH_PARENT = (
-    "import ctypes, os, signal, sys\n"
-    "parent = int(sys.argv[1])\n"
-    "if sys.platform == 'linux':\n"
-    "    ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGTERM)\n"
-    "    if os.getppid() != parent: sys.exit(1)\n"
-    "os.execv(sys.argv[2], sys.argv[2:])\n"
-)
+# A module's name, not an import: it is for starting, and the benchmarks room knows the client only.
+_DIE_WITH_PARENT = "gptjet.service.die_with_parent"
 _POLL_S = 0.05
 _STOP_S = 20.0
 _ERROR_LINES = 3
@@ -94,7 +87,7 @@ class ServerProcess:
             self._process = subprocess.Popen(
                 [
                     sys.executable,
-                    "-c",
+                    "-m",
                     _DIE_WITH_PARENT,
                     str(os.getpid()),
                     *command.arguments(level, port_file),

@@ -30,6 +30,19 @@ class CommandEntry:
 
 COMMANDS = (
     CommandEntry("Server", "serve", "Start the gRPC server."),
+    CommandEntry("Server", "tokens", "Make, list and revoke callers' bearer tokens."),
+    CommandEntry(
+        "Server", "admin", "Administer a running server: status, reload, log level, drain."
+    ),
+    CommandEntry(
+        "Server",
+        "metrics",
+        "Print the Grafana dashboard, the Prometheus alert rules or their tests.",
+    ),
+    CommandEntry("Server", "policy", "Check a policy file, and try it on a text."),
+    CommandEntry(
+        "Server", "review", "Decide on what the policy flagged: list, show, approve, reject."
+    ),
     CommandEntry("Client", "generate", "Stream one completion in the terminal."),
     CommandEntry(
         "Client", "score", "Say how likely the model finds each of several continuations."

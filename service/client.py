@@ -24,6 +24,7 @@ from gptjet.proto.v1 import text_generation_pb2 as pb
 from gptjet.proto.v1 import text_generation_pb2_grpc as pb_grpc
 from gptjet.service import client_channel as channels
 from gptjet.service import client_messages as messages
+from gptjet.service.client_channel import check_token
 from gptjet.service.client_stream import AsyncGenerationStream, GenerationStream
 from gptjet.service.client_types import (
     CancelledError,
@@ -40,8 +41,12 @@ from gptjet.service.client_types import (
     InvalidRequestError,
     ModelInfo,
     ParityVerdict,
+    PermissionDeniedError,
+    PlaintextTokenError,
+    PolicyBlockedError,
     Prompt,
     QueueFullError,
+    QuotaExceededError,
     ResourceExhaustedError,
     RetryPolicy,
     SamplingOptions,
@@ -53,6 +58,7 @@ from gptjet.service.client_types import (
     TokenChunk,
     Tokenization,
     TokenLogprob,
+    UnauthenticatedError,
     UnavailableError,
 )
 
@@ -76,8 +82,12 @@ __all__ = [
     "InvalidRequestError",
     "ModelInfo",
     "ParityVerdict",
+    "PermissionDeniedError",
+    "PlaintextTokenError",
+    "PolicyBlockedError",
     "Prompt",
     "QueueFullError",
+    "QuotaExceededError",
     "ResourceExhaustedError",
     "RetryPolicy",
     "SamplingOptions",
@@ -89,7 +99,9 @@ __all__ = [
     "TokenChunk",
     "TokenLogprob",
     "Tokenization",
+    "UnauthenticatedError",
     "UnavailableError",
+    "check_token",
 ]
 
 DEFAULT_TIMEOUT_S = 300.0
@@ -104,7 +116,10 @@ class Client:
     timeout_s         deadline of a call that gives none; None: no deadline
     retry             on UNAVAILABLE; None: never
     retry_queue_full  retry on RESOURCE_EXHAUSTED too, after the time the server names
-    metadata          sent with every call
+    metadata          sent with every call; where the caller uses OpenTelemetry, its trace context
+                      goes with it
+    token             bearer token, sent with every call; over plain text to this machine only,
+                      unless `allow_plaintext_token` (else PlaintextTokenError, a ValueError)
 
     Each method's `timeout_s` is that call's deadline; `math.inf` is none at all. Methods raise
     GptjetError.
@@ -119,8 +134,11 @@ class Client:
         retry: RetryPolicy | None = _DEFAULT_RETRY,
         retry_queue_full: bool = False,
         metadata: Sequence[tuple[str, str]] = (),
+        token: str | None = None,
+        allow_plaintext_token: bool = False,
     ) -> None:
-        options = channels.channel_options(retry, retry_queue_full, tls)
+        check_token(token, target, tls, allow_plaintext_token)
+        options = channels.channel_options(retry, retry_queue_full, tls, token)
         if tls is None:
             self._channel = grpc.insecure_channel(target, options)
         else:
@@ -128,7 +146,7 @@ class Client:
             self._channel = grpc.secure_channel(target, credentials, options)
         self._target = target
         self._timeout_s = timeout_s
-        self._metadata = tuple(metadata)
+        self._metadata = channels.call_metadata(metadata, token)
         self._stub = pb_grpc.TextGenerationStub(self._channel)
         self._health: Any = health_pb2_grpc.HealthStub(self._channel)
 
@@ -156,7 +174,9 @@ class Client:
         request = messages.generate_request(pb.GenerateStreamRequest, prompt, request_id, options)
         timeout = channels.deadline(timeout_s, self._timeout_s)
         return GenerationStream(
-            self._stub.GenerateStream(request, timeout=timeout, metadata=self._metadata)
+            self._stub.GenerateStream(
+                request, timeout=timeout, metadata=channels.with_trace_context(self._metadata)
+            )
         )
 
     def score(
@@ -227,7 +247,8 @@ class Client:
     def _call(self, method: Any, request: Any, timeout_s: float | None) -> Any:
         timeout = channels.deadline(timeout_s, self._timeout_s)
         try:
-            return method(request, timeout=timeout, metadata=self._metadata)
+            metadata = channels.with_trace_context(self._metadata)
+            return method(request, timeout=timeout, metadata=metadata)
         except grpc.RpcError as error:
             raise channels.from_rpc_error(error) from error
 
@@ -244,8 +265,11 @@ class AsyncClient:
         retry: RetryPolicy | None = _DEFAULT_RETRY,
         retry_queue_full: bool = False,
         metadata: Sequence[tuple[str, str]] = (),
+        token: str | None = None,
+        allow_plaintext_token: bool = False,
     ) -> None:
-        options = channels.channel_options(retry, retry_queue_full, tls)
+        check_token(token, target, tls, allow_plaintext_token)
+        options = channels.channel_options(retry, retry_queue_full, tls, token)
         if tls is None:
             self._channel = grpc.aio.insecure_channel(target, options)
         else:
@@ -253,7 +277,7 @@ class AsyncClient:
             self._channel = grpc.aio.secure_channel(target, credentials, options)
         self._target = target
         self._timeout_s = timeout_s
-        self._metadata = tuple(metadata)
+        self._metadata = channels.call_metadata(metadata, token)
         self._stub = pb_grpc.TextGenerationStub(self._channel)
         self._health: Any = health_pb2_grpc.HealthStub(self._channel)
 
@@ -283,7 +307,9 @@ class AsyncClient:
         request = messages.generate_request(pb.GenerateStreamRequest, prompt, request_id, options)
         timeout = channels.deadline(timeout_s, self._timeout_s)
         return AsyncGenerationStream(
-            self._stub.GenerateStream(request, timeout=timeout, metadata=self._metadata)
+            self._stub.GenerateStream(
+                request, timeout=timeout, metadata=channels.with_trace_context(self._metadata)
+            )
         )
 
     async def score(
@@ -349,6 +375,8 @@ class AsyncClient:
     async def _call(self, method: Any, request: Any, timeout_s: float | None) -> Any:
         timeout = channels.deadline(timeout_s, self._timeout_s)
         try:
-            return await method(request, timeout=timeout, metadata=self._metadata)
+            return await method(
+                request, timeout=timeout, metadata=channels.with_trace_context(self._metadata)
+            )
         except grpc.RpcError as error:
             raise channels.from_rpc_error(error) from error

@@ -313,11 +313,33 @@ class InvalidRequestError(GptjetError):
 
 
 class ResourceExhaustedError(GptjetError):
-    """A limit was hit: a message is too large, or see QueueFullError."""
+    """A limit was hit: a message is too large, or see QueueFullError and QuotaExceededError."""
 
 
 class QueueFullError(ResourceExhaustedError):
     """Too many requests wait; come back after `retry_after_s`."""
+
+
+class QuotaExceededError(ResourceExhaustedError):
+    """The token has used up a quota; come back after `retry_after_s`, or never where it is None."""
+
+
+class UnauthenticatedError(GptjetError):
+    """The server wants a bearer token, or does not take this one."""
+
+
+class PermissionDeniedError(GptjetError):
+    """The token is good, but not for this."""
+
+
+class PlaintextTokenError(ValueError):
+    """A token would leave this machine without TLS, for whoever listens in between to use."""
+
+    def __init__(self, target: str) -> None:
+        super().__init__(
+            f"the token is not sent in plain text to {target}: "
+            "use TLS, or allow_plaintext_token=True"
+        )
 
 
 class UnavailableError(GptjetError):
@@ -330,6 +352,13 @@ class DeadlineExceededError(GptjetError):
 
 class CancelledError(GptjetError):
     """The call was cancelled, by this client or on the way."""
+
+
+class PolicyBlockedError(GptjetError):
+    """The server's policy does not let the request or its output pass; the message names the rule.
+
+    What a stream has given out before stands.
+    """
 
 
 class InternalError(GptjetError):

@@ -13,20 +13,38 @@ import os
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
-from pydantic import ConfigDict, Field, ValidationError, model_validator
+from pydantic import ConfigDict, Field, ValidationError
 
+from gptjet.service.config_access import AccessSettings
+from gptjet.service.config_governance import GovernanceConfig
 from gptjet.service.config_gpu import GpuConfig
+from gptjet.service.config_limits import LimitsConfig
+from gptjet.service.config_observability import ObservabilitySettings
 from gptjet.service.engine.config import EngineConfig
 
 ENV_PREFIX = "GPTJET_"
 CONFIG_FILE_VARIABLE = "GPTJET_CONFIG"
 # Which server `gptjet generate` and the other callers ask; no setting of a server.
 SERVER_VARIABLE = "GPTJET_SERVER"
+# What those callers show, and where they find it.
+TOKEN_VARIABLE = "GPTJET_TOKEN"
+TOKEN_FILE_VARIABLE = "GPTJET_TOKEN_FILE"
+# Which administration port or socket `gptjet admin` asks.
+ADMIN_VARIABLE = "GPTJET_ADMIN"
 # How the CPU kernels are compiled: the kernels read it themselves.
 _CPU_ISA_VARIABLE = "GPTJET_CPU_ISA"
-_NOT_SETTINGS = frozenset((CONFIG_FILE_VARIABLE, SERVER_VARIABLE, _CPU_ISA_VARIABLE))
+_NOT_SETTINGS = frozenset(
+    (
+        CONFIG_FILE_VARIABLE,
+        SERVER_VARIABLE,
+        TOKEN_VARIABLE,
+        TOKEN_FILE_VARIABLE,
+        ADMIN_VARIABLE,
+        _CPU_ISA_VARIABLE,
+    )
+)
 
 _ENGINE_DEFAULTS = EngineConfig()
 _MIB = 1024 * 1024
@@ -36,7 +54,9 @@ class ConfigError(Exception):
     """The settings are not usable; the message names each bad key, its source and its limit."""
 
 
-class ServerConfig(GpuConfig):
+class ServerConfig(
+    AccessSettings, LimitsConfig, ObservabilitySettings, GovernanceConfig, GpuConfig
+):
     """Everything `gptjet serve` can be told. Limits of the model itself stand in BackendSpec."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
@@ -170,14 +190,6 @@ class ServerConfig(GpuConfig):
     reflection: bool = Field(
         default=True, description="serve gRPC reflection, so that grpcurl works without the .proto"
     )
-    tls_cert: Path | None = Field(
-        default=None, description="PEM certificate chain; given with tls_key it turns TLS on"
-    )
-    tls_key: Path | None = Field(default=None, description="PEM private key of tls_cert")
-    tls_client_ca: Path | None = Field(
-        default=None,
-        description="PEM roots; callers must show a certificate signed by one (mutual TLS)",
-    )
 
     # Operation
     grace_s: float = Field(
@@ -196,14 +208,6 @@ class ServerConfig(GpuConfig):
         default=False, description="log the prompts' text (off: prompts are the callers' business)"
     )
 
-    @model_validator(mode="after")
-    def _tls_files_belong_together(self) -> Self:
-        if (self.tls_cert is None) != (self.tls_key is None):
-            raise ValueError("tls_cert and tls_key must be given together")
-        if self.tls_client_ca is not None and self.tls_cert is None:
-            raise ValueError("tls_client_ca needs tls_cert and tls_key")
-        return self
-
     @property
     def engine(self) -> EngineConfig:
         """The part that is the engine's."""
@@ -213,6 +217,10 @@ class ServerConfig(GpuConfig):
             max_sequences=self.max_sequences,
             prefix_cache=self.prefix_cache,
             max_prefill_tokens=self.max_prefill_tokens,
+            max_queue_time_s=self.max_queue_time_s,
+            max_tokens_in_flight=self.max_tokens_in_flight,
+            step_timeout_s=self.step_timeout_s,
+            max_failed_steps=self.max_failed_steps,
         )
 
 

@@ -8,18 +8,25 @@ from typing import TYPE_CHECKING, Literal
 
 import structlog
 
+from gptjet.service.log_writer import BackgroundHandler
+
 if TYPE_CHECKING:
     from structlog.typing import Processor
 
 LogFormat = Literal["console", "json"]
 
+_STDERR_FD = 2
 
-def configure_logging(level: str = "info", log_format: LogFormat = "console") -> None:
+
+def configure_logging(
+    level: str = "info", log_format: LogFormat = "console", *, background: bool = False
+) -> None:
     """Send structlog's and the standard library's records to stderr in `log_format`.
 
-    Safe to call again; the last call holds.
+    `background`: from a thread, so that a log that cannot be written holds no request up; it
+    writes to standard error's descriptor, whatever `sys.stderr` is. Safe to call again; the last
+    call holds.
     """
-    number = logging.getLevelNamesMapping()[level.upper()]
     shared: list[Processor] = [
         structlog.contextvars.merge_contextvars,
         structlog.processors.add_log_level,
@@ -32,13 +39,15 @@ def configure_logging(level: str = "info", log_format: LogFormat = "console") ->
             *_renderers(log_format),
         ],
     )
-    handler = logging.StreamHandler(sys.stderr)
+    handler: logging.Handler
+    handler = BackgroundHandler(_STDERR_FD) if background else logging.StreamHandler(sys.stderr)
     handler.setFormatter(formatter)
     root = logging.getLogger()
+    for old in root.handlers:
+        if isinstance(old, BackgroundHandler):
+            old.close()
     root.handlers = [handler]
-    # Libraries log their chatter at INFO; only their warnings concern an operator.
-    root.setLevel(max(number, logging.WARNING))
-    logging.getLogger("gptjet").setLevel(number)
+    set_level(level)
     structlog.configure(
         processors=[
             structlog.stdlib.filter_by_level,
@@ -49,6 +58,32 @@ def configure_logging(level: str = "info", log_format: LogFormat = "console") ->
         logger_factory=structlog.stdlib.LoggerFactory(),
         cache_logger_on_first_use=False,
     )
+
+
+def set_level(level: str) -> None:
+    """Log what is at least this severe from now on: debug, info, warning or error."""
+    number = logging.getLevelNamesMapping()[level.upper()]
+    # Libraries log their chatter at INFO; only their warnings concern an operator.
+    logging.getLogger().setLevel(max(number, logging.WARNING))
+    logging.getLogger("gptjet").setLevel(number)
+
+
+def current_level() -> str:
+    """The least severe level that is logged."""
+    return logging.getLevelName(logging.getLogger("gptjet").getEffectiveLevel()).lower()
+
+
+def flush_log() -> None:
+    """Wait, a second at most, until what has been logged is written: the process may end now."""
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, BackgroundHandler):
+            handler.flush()
+
+
+def dropped_lines() -> int:
+    """Log lines that could not be written since logging was configured."""
+    handlers = logging.getLogger().handlers
+    return sum(one.dropped for one in handlers if isinstance(one, BackgroundHandler))
 
 
 def get_logger(name: str) -> structlog.stdlib.BoundLogger:

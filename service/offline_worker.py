@@ -8,8 +8,10 @@ and so is ours. What the wire costs is the difference to the same request throug
 One JSON line on standard input is one run: {"prompt": [ids], "output_tokens": n}, or {"prompts":
 [[ids], ...], "output_tokens": n} for streams that run together. One line on standard output answers
 it: {"tokens": [ids], "token_ms": [ms since the start, one a token], "e2e_ms", "peak_memory_bytes"},
-for several prompts {"streams": [{"tokens", "token_ms"}, ...], "e2e_ms", "peak_memory_bytes"}. What
-cannot be run is answered {"error": text}. The first line of all says {"ready": true} or {"error"}.
+for several prompts {"streams": [{"tokens", "token_ms"}, ...], "e2e_ms", "peak_memory_bytes"}. With
+{"late": {"prompt": [ids], "after_tokens": k}} beside "prompts", another prompt comes once each
+stream has k tokens, for one token of its own: {"late": {"added_ms", "ttft_ms"}}. What cannot be run
+is answered {"error": text}. The first line of all says {"ready": true} or {"error"}.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import json
 import os
 import re
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -32,21 +35,27 @@ if TYPE_CHECKING:
     from gptjet.service.engine.engine import Engine
 
 
+_LOOK_S = 0.01
+
+
 class RunError(Exception):
     """A run cannot be made; the message is one line."""
 
 
 def generate(
-    engine: Engine, prompts: Sequence[Sequence[int]], output_tokens: int
+    engine: Engine,
+    prompts: Sequence[Sequence[int]],
+    output_tokens: int,
+    late: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Greedy continuations of all prompts together, each of exactly `output_tokens` tokens.
+
+    `late` is a prompt that comes later, and after how many tokens of each: see the module.
 
     A token counts when the step that made it returns: where the server would hand it to the wire.
     Raises RunError where a prompt is refused or fails; nothing of the run stays in the engine.
     """
-    params = SamplingParams(
-        max_new_tokens=output_tokens, min_new_tokens=output_tokens, ignore_eos=True
-    )
+    params = _exactly(output_tokens)
     started_ns = time.perf_counter_ns()
     keys: list[int] = []
     try:
@@ -57,6 +66,9 @@ def generate(
         while engine.has_work:
             outputs = engine.step()
             now_ns = time.perf_counter_ns()
+            if late is not None and _is_due(late, prompts, tokens):
+                keys.append(engine.add(new_request(tuple(late["prompt"]), _exactly(1))))
+                tokens[keys[-1]], times_ns[keys[-1]] = [], [now_ns]
             for key, output in outputs:
                 if output.finish_reason is FinishReason.ERROR:
                     raise RunError(str(output.error))
@@ -68,7 +80,15 @@ def generate(
         for key in keys:
             engine.cancel(key)
     ended_ns = time.perf_counter_ns()
+    made = {}
+    if late is not None:
+        if len(keys) == len(prompts):
+            raise RunError(f"the late prompt never came: after {late['after_tokens']} tokens")
+        added_ns, first_ns = times_ns[keys.pop()]
+        times = {"added_ms": (added_ns - started_ns) / 1e6, "ttft_ms": (first_ns - added_ns) / 1e6}
+        made = {"late": times}
     return {
+        **made,
         "streams": [
             {
                 "tokens": tokens[key],
@@ -77,8 +97,22 @@ def generate(
             for key in keys
         ],
         "e2e_ms": (ended_ns - started_ns) / 1e6,
-        "peak_memory_bytes": peak_memory_bytes(),
+        "peak_memory_bytes": max(peak_memory_bytes() or 0, _loading.peak_bytes) or None,
     }
+
+
+def _is_due(
+    late: Mapping[str, Any], prompts: Sequence[object], tokens: Mapping[int, Sequence[int]]
+) -> bool:
+    """Whether the late prompt is to come now: it is not there, and all others are far enough."""
+    least: int = late["after_tokens"]
+    return len(tokens) == len(prompts) and min(map(len, tokens.values())) >= least
+
+
+def _exactly(output_tokens: int) -> SamplingParams:
+    return SamplingParams(
+        max_new_tokens=output_tokens, min_new_tokens=output_tokens, ignore_eos=True
+    )
 
 
 def answer(engine: Engine, asked: Mapping[str, Any]) -> dict[str, Any]:
@@ -86,7 +120,7 @@ def answer(engine: Engine, asked: Mapping[str, Any]) -> dict[str, Any]:
     is_single = "prompt" in asked
     try:
         prompts = [asked["prompt"]] if is_single else asked["prompts"]
-        made = generate(engine, prompts, int(asked["output_tokens"]))
+        made = generate(engine, prompts, int(asked["output_tokens"]), asked.get("late"))
     except RunError as error:
         return {"error": " ".join(str(error).split())}
     if is_single:
@@ -95,17 +129,56 @@ def answer(engine: Engine, asked: Mapping[str, Any]) -> dict[str, Any]:
     return made
 
 
-def peak_memory_bytes() -> int | None:
-    """Most memory this process ever held (Linux: VmHWM); None where the system does not say.
+def peak_memory_bytes(pid: int | str = "self") -> int | None:
+    """Most memory a process ever held (Linux: VmHWM); None where the system does not say.
 
     Not getrusage: its figure begins with that of the process which started this one.
     """
     try:
-        status = Path("/proc/self/status").read_text(encoding="utf-8")
+        status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
     except OSError:
         return None
     match = re.search(r"^VmHWM:\s+(\d+) kB", status, re.MULTILINE)
     return int(match[1]) * 1024 if match else None
+
+
+class _Loading:
+    """Watches what loading takes in this process and its children together.
+
+    peak_bytes  the most that this process had held plus the most that its children had, at any
+                look while there was one: no less than what they ever held at once
+    """
+
+    def __init__(self) -> None:
+        self.peak_bytes = 0
+        self._done = threading.Event()
+
+    def __enter__(self) -> None:
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._done.wait(_LOOK_S):
+            children = [peak_memory_bytes(pid) for pid in _children()]
+            if any(children):
+                together = sum(value or 0 for value in [peak_memory_bytes(), *children])
+                self.peak_bytes = max(self.peak_bytes, together)
+
+
+def _children() -> list[str]:
+    """Ids of this process's children, whichever thread started them (Linux)."""
+    found: list[str] = []
+    for file in Path("/proc/self/task").glob("*/children"):
+        with contextlib.suppress(OSError):  # the thread has ended
+            found += file.read_text(encoding="ascii").split()
+    return found
+
+
+_loading = _Loading()
 
 
 def load_engine(flags: argparse.Namespace) -> Engine:
@@ -129,6 +202,7 @@ def load_engine(flags: argparse.Namespace) -> Engine:
         kv_cache_dtype=flags.kv_cache_dtype,
         progress=False,
         cpu_threads=flags.threads,
+        deterministic=flags.deterministic,
     )
     loaded.backend.warm_up()
     return Engine(loaded.backend, loaded.tokenizer, EngineConfig(max_sequences=flags.max_sequences))
@@ -153,6 +227,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--max-sequences", type=int, default=16)
     parser.add_argument("--kv-cache-tokens", type=int, default=None)
     parser.add_argument("--kv-cache-dtype", default="auto", help="float16, float32, int8")
+    parser.add_argument("--deterministic", action="store_true", help="as `gptjet serve`'s")
     flags = parser.parse_args(arguments)
     with _own_stdout() as channel:
 
@@ -161,7 +236,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             channel.flush()
 
         try:
-            engine = load_engine(flags)
+            with _loading:
+                engine = load_engine(flags)
         except BackendLoadError as error:
             say({"error": " ".join(str(error).split())})
             return 1

@@ -26,6 +26,7 @@ ALLOWED: dict[str, frozenset[str]] = {
     "gptjet.service.engine": frozenset(),
     "gptjet.service.embedded": frozenset(),
     "gptjet.service.log": frozenset(),
+    "gptjet.service.governance": frozenset({"gptjet.service.log"}),
     "gptjet.service.config": frozenset({"gptjet.service.engine"}),
     # Of the engine, a model knows the error that says "this cannot be loaded", and nothing else.
     "gptjet.service.models": frozenset(
@@ -34,8 +35,18 @@ ALLOWED: dict[str, frozenset[str]] = {
     "gptjet.service.backends": frozenset(
         {"gptjet.kernels", "gptjet.service.engine", "gptjet.service.models"}
     ),
+    "gptjet.service.observability": frozenset(
+        {"gptjet.service.config", "gptjet.service.engine", "gptjet.service.log"}
+    ),
     "gptjet.service.rpc": frozenset(
-        {"gptjet.proto", "gptjet.service.config", "gptjet.service.engine", "gptjet.service.log"}
+        {
+            "gptjet.proto",
+            "gptjet.service.config",
+            "gptjet.service.engine",
+            "gptjet.service.governance",
+            "gptjet.service.log",
+            "gptjet.service.observability",
+        }
     ),
     "gptjet.service.client": frozenset({"gptjet.proto"}),
     "gptjet.service.apps": frozenset({"gptjet.service.client"}),
@@ -47,13 +58,16 @@ NEVER_IMPORTED_BY_OTHERS = "gptjet.service.training"
 
 _WIRE = {"google", "grpc", "grpc_health", "grpc_reflection", "grpc_status"}
 _HTTP = {"aiohttp", "fastapi", "http", "httpx", "requests", "starlette", "urllib", "uvicorn"}
+_WATCHING = {"opentelemetry", "prometheus_client"}
 _CONCRETE = {"accelerate", "deepspeed", "transformers", "triton"}
 # Outside packages that a part must not import itself.
 BANNED: dict[str, set[str]] = {
     "gptjet.service.backends": _WIRE,
     "gptjet.service.client": _CONCRETE | {"numpy", "torch"},
-    "gptjet.service.engine": _CONCRETE | _HTTP | _WIRE,
-    "gptjet.service.rpc": _CONCRETE | {"torch"},
+    "gptjet.service.engine": _CONCRETE | _HTTP | _WIRE | _WATCHING,
+    "gptjet.service.governance": _CONCRETE | _HTTP | _WIRE | {"torch"},
+    "gptjet.service.observability": _CONCRETE | _WIRE | {"torch"},
+    "gptjet.service.rpc": _CONCRETE | _WATCHING | {"torch"},
 }
 
 
@@ -198,6 +212,7 @@ def test_the_arrows_of_the_design_are_accepted(tmp_path: Path) -> None:
     [
         pytest.param("service/engine/a.py", "import grpc", id="engine to grpc"),
         pytest.param("service/engine/a.py", "from http import client", id="engine to http"),
+        pytest.param("service/engine/a.py", "import prometheus_client", id="engine to metrics"),
         pytest.param("service/engine/a.py", "import transformers", id="engine to transformers"),
         pytest.param("service/engine/a.py", "import gptjet.proto.v1", id="engine to proto"),
         pytest.param(

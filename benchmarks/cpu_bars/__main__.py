@@ -22,9 +22,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from gptjet.benchmarks.bandwidth import BandwidthError, measure_in_subprocess
 from gptjet.benchmarks.cpu_bars.bars import Bars, Verdict
+from gptjet.benchmarks.cpu_bars.build import check_same, fingerprint
 from gptjet.benchmarks.cpu_bars.busy import usable_cores
 from gptjet.benchmarks.cpu_bars.checkpoints import MODELS, checkpoint_folder
-from gptjet.benchmarks.cpu_bars.design import KV_CACHE_TOKENS, STREAMS, Entry, Race, make_races
+from gptjet.benchmarks.cpu_bars.design import STREAMS, Entry, Race, make_races
 from gptjet.benchmarks.cpu_bars.report import make_document, print_document
 from gptjet.benchmarks.cpu_bars.runner import SESSION, Recorded, Runner
 from gptjet.benchmarks.environment import record_environment, utc_now
@@ -72,29 +73,32 @@ def _measure(flags: argparse.Namespace, races: Sequence[Race], recorded: Recorde
     os.environ["OMP_NUM_THREADS"] = str(flags.threads)
     environment = record_environment()
 
-    def start_entry(entry: Entry, folder: Path) -> AbstractContextManager[Contestant]:
+    def start_entry(race: Race, entry: Entry, folder: Path) -> AbstractContextManager[Contestant]:
         return start(
             entry.contestant,
             folder,
             entry.weight_type,
             flags.threads,
             flags.root,
-            kv_cache_tokens=KV_CACHE_TOKENS,
+            kv_cache_tokens=race.kv_cache_tokens,
         )
 
+    session = {
+        "started_at": utc_now(),
+        "backend": flags.backend,
+        "threads": flags.threads,
+        "build": fingerprint(),
+        "quick": flags.quick,
+        "streams": STREAMS,
+        "races": {race.key: {"kv_cache_tokens": race.kv_cache_tokens} for race in races},
+        "peers": {name: PEERS[name].requirements for name in PEERS},
+        "environment": environment,
+    }
+    if not flags.mixed:
+        check_same(recorded.sessions, session)
     with ResultsWriter(flags.out) as writer, _Bar() as bar:
-        session = {
-            "started_at": utc_now(),
-            "backend": flags.backend,
-            "threads": flags.threads,
-            "quick": flags.quick,
-            "streams": STREAMS,
-            "kv_cache_tokens": KV_CACHE_TOKENS,
-            "races": [race.key for race in races],
-            "peers": {name: PEERS[name].requirements for name in PEERS},
-            "environment": environment,
-        }
         writer.append(SESSION, session)
+        recorded.add({"kind": SESSION, **session})
         runner = Runner(writer, recorded, start_entry, bar, lambda: measure_in_subprocess("cpu"))
         runner.run(races, lambda name: checkpoint_folder(MODELS[name], flags.root))
 
@@ -155,6 +159,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--backend", default="fused", help="which of our backends is ours")
     parser.add_argument("--quick", action="store_true", help="a look: short outputs, few rounds")
+    parser.add_argument(
+        "--mixed", action="store_true", help="add to a file of another build or machine"
+    )
     parser.add_argument("--report", action="store_true", help="measure nothing, print the tables")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables there too")
     parser.add_argument("--threads", type=int, default=len(usable_cores()))

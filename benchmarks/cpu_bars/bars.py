@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from gptjet.benchmarks.cpu_bars.design import REFERENCE, Cell, CellKind, Race
 from gptjet.benchmarks.cpu_bars.measure import Figures
@@ -102,6 +102,11 @@ class Bars:
         for weight_type in ("fp32", "int8"):
             for model in ("M", "W", "S"):
                 yield self.prefix(model, f"{ours}/{weight_type}")
+        for weight_type in ("fp32", "int8", "int4"):
+            yield self.chunks("M", f"{ours}/{weight_type}")
+        for model in ("M", "S"):
+            for option in ("", "+torch"):
+                yield self.deterministic(model, f"{ours}{option}")
 
     def speed(
         self,
@@ -142,6 +147,34 @@ class Bars:
         text = f"decode under load : quiet, {name}"
         pair = ("busy_tokens_per_s", "quiet_tokens_per_s")
         return self._within(text, model, CellKind.BUSY, name, pair, None, "tok/s")
+
+    def chunks(self, model: str, ours: str) -> Bar:
+        """How much longer a late prompt takes than any stream beside it waits for a token."""
+        length = next((cell.input_tokens for _, cell in self._cells(model, CellKind.CHUNKS)), 0)
+        text = f"TTFT of a prompt of {length} : longest ITL of streams beside it, {ours}"
+        pair = ("late_ttft_ms", "longest_itl_ms")
+        bar = self._within(text, model, CellKind.CHUNKS, ours, pair, None, "ms")
+        rounds = self.rounds(model, CellKind.CHUNKS, ours).values()
+        if not rounds:
+            return bar
+        quiet, beside = (
+            spread([figures[name] for figures in rounds]).median
+            for name in ("quiet_itl_ms", "itl_ms")
+        )
+        return replace(bar, note=f"ITL {quiet:.4g} ms before it, {beside:.4g} ms beside it")
+
+    def deterministic(self, model: str, ours: str) -> Bar:
+        """Eight streams of ours with --deterministic beside eight without."""
+        return self._against(
+            f"eight streams, {ours}+deterministic/fp32 : without",
+            model,
+            CellKind.COST,
+            "many_tokens_per_s",
+            f"{ours}+deterministic/fp32",
+            [f"{ours}/fp32"],
+            None,
+            False,
+        )
 
     def memory(self, model: str, ours: str, other: str, limit: float | None) -> Bar:
         """Peak memory of a process that decoded and prefilled."""
@@ -237,13 +270,25 @@ class Bars:
             return Bar(text, model, limit, "-", None, Verdict.NOT_MEASURED, note, strict=strict)
         ratio, measured, other = best
         notes = missing + ([f"the better one: {other}"] if len(others) > len(missing) + 1 else [])
-        differing = self.differing_rounds(model, ours) if ours.endswith("/fp32") else 0
-        if differing:
-            red = f"{differing} rounds differ from {REFERENCE}'s tokens"
+        red, unchecked = self._parity(model, ours)
+        if red:
             return Bar(text, model, limit, "-", None, Verdict.PARITY_RED, red, strict=strict)
-        if differing is None:
-            notes.append("parity not checked")
-        return self._judged(text, model, limit, measured, ratio, "; ".join(notes), strict=strict)
+        if limit is not None:
+            notes += unchecked
+        bar = self._judged(text, model, limit, measured, ratio, "; ".join(notes), strict=strict)
+        # Ahead of those that are there says nothing of the one that is not.
+        is_open = missing and bar.verdict is Verdict.PASS
+        return replace(bar, verdict=Verdict.NOT_MEASURED) if is_open else bar
+
+    def _parity(self, model: str, name: str) -> tuple[str, list[str]]:
+        """Why no speed of ours may be judged, "" where it may; what to say of it beside."""
+        is_ours = name.startswith((f"{ENGINE}:", f"{SERVER}:"))
+        if not is_ours or not name.endswith("/fp32"):
+            return "", []
+        differing = self.differing_rounds(model, name)
+        if differing:
+            return f"{differing} rounds differ from {REFERENCE}'s tokens", []
+        return "", ["parity not checked"] if differing is None else []
 
     def _within(
         self,
@@ -262,9 +307,14 @@ class Bars:
         ]
         if not values:
             return self._not_measured(text, model, limit, name)
+        red, unchecked = self._parity(model, name)
+        if red:
+            return Bar(text, model, limit, "-", None, Verdict.PARITY_RED, red)
         medians = [spread([value[side] for value in values]).median for side in (0, 1)]
         measured = f"{medians[0]:.4g} : {medians[1]:.4g} {unit}"
-        return self._judged(text, model, limit, measured, spread([a / b for a, b in values]))
+        ratio = spread([a / b for a, b in values])
+        note = "; ".join(unchecked if limit is not None else [])
+        return self._judged(text, model, limit, measured, ratio, note)
 
     def _judged(
         self,

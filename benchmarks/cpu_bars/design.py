@@ -11,15 +11,23 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from gptjet.benchmarks.cpu_bars.checkpoints import CONTEXT, MODELS
+from gptjet.benchmarks.cpu_bars.checkpoints import MODELS
 from gptjet.benchmarks.peers.contestants import ENGINE, SERVER
+
+LATE_INPUT_TOKENS = 32
+"""Of each stream of the cell CHUNKS."""
+
+VARIANTS = ("", "+deterministic", "+torch", "+torch+deterministic")
+"""Ours with its kernels, and as it is where no compiler is; each with the promise and without."""
 
 REFERENCE = "huggingface"
 """The backend whose FP32 tokens every other FP32 contestant must give."""
 
 STREAMS = 8
-KV_CACHE_TOKENS = CONTEXT
-"""What ours may hold in every race: one full context, which eight short streams fit too."""
+LATE_STREAMS = 4
+"""Of the cell CHUNKS."""
+PREFIX_TAIL_TOKENS = 16
+_BLOCK_TOKENS = 16
 
 
 class CellKind(enum.StrEnum):
@@ -28,6 +36,8 @@ class CellKind(enum.StrEnum):
     streams  one stream and eight together
     prefix   a prompt, then another that begins with the same 512 tokens
     busy     decode with and without a competing process on each core
+    chunks   streams, and a long prompt that comes while they run
+    cost     one stream and several, by ours with and without a promise that may cost something
     """
 
     DECODE = "decode"
@@ -35,6 +45,8 @@ class CellKind(enum.StrEnum):
     STREAMS = "streams"
     PREFIX = "prefix"
     BUSY = "busy"
+    CHUNKS = "chunks"
+    COST = "cost"
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +72,9 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """One kind of measurement with its lengths. For PREFIX, `input_tokens` are the shared ones."""
+    """One kind of measurement with its lengths. For PREFIX, `input_tokens` are the shared ones, for
+    CHUNKS those of the long prompt, and `output_tokens` are the streams'.
+    """
 
     kind: CellKind
     input_tokens: int
@@ -72,6 +86,20 @@ class Cell:
         """What names it in a result file: other lengths are another cell."""
         return f"{self.kind}-{self.input_tokens}-{self.output_tokens}"
 
+    @property
+    def kv_tokens(self) -> int:
+        """Tokens that all its sequences hold at once, in whole blocks."""
+        match self.kind:
+            case CellKind.STREAMS | CellKind.COST:
+                return STREAMS * _blocks(self.input_tokens + self.output_tokens)
+            case CellKind.PREFIX:
+                return _blocks(self.input_tokens + PREFIX_TAIL_TOKENS + self.output_tokens)
+            case CellKind.CHUNKS:
+                streams = LATE_STREAMS * _blocks(LATE_INPUT_TOKENS + self.output_tokens)
+                return _blocks(self.input_tokens + 1) + streams
+            case _:
+                return _blocks(self.input_tokens + self.output_tokens)
+
     def prompt(self, model: str, number: int, vocab_size: int, name: str = "") -> tuple[int, ...]:
         """The prompt of a round; round -1 is the warm-up's.
 
@@ -80,6 +108,10 @@ class Cell:
         """
         seeded = random.Random(f"bars/{model}/{self.key}/{number}/{name}")
         return tuple(seeded.choices(range(vocab_size), k=self.input_tokens))
+
+
+def _blocks(tokens: int) -> int:
+    return -(-tokens // _BLOCK_TOKENS) * _BLOCK_TOKENS
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +128,11 @@ class Race:
         """What names it in a result file."""
         return f"{self.model}/{self.name}"
 
+    @property
+    def kv_cache_tokens(self) -> int:
+        """What ours may hold: as the peers do, no more than the largest of the cells needs."""
+        return max(cell.kv_tokens for cell in self.cells)
+
     def runs_cell(self, entry: Entry, cell: Cell) -> bool:
         """Whether this contestant takes part in that cell."""
         match cell.kind:
@@ -103,6 +140,8 @@ class Race:
                 return True
             case CellKind.STREAMS | CellKind.PREFIX:
                 return entry.is_our_engine and not _is_reference(entry, self.entries)
+            case CellKind.CHUNKS | CellKind.COST:
+                return entry.is_our_engine
             case CellKind.BUSY:
                 return not entry.contestant.startswith("transformers")
 
@@ -119,6 +158,8 @@ FULL = {
     CellKind.STREAMS: {"S": (32, 128, 5), "M": (32, 32, 5)},
     CellKind.PREFIX: {"S": (512, 1, 5), "M": (512, 1, 4), "W": (512, 1, 3)},
     CellKind.BUSY: {"S": (32, 128, 5)},
+    CellKind.CHUNKS: {"M": (2000, 96, 4)},
+    CellKind.COST: {"S": (32, 64, 4), "M": (32, 16, 3)},
 }
 """(input tokens, output tokens, rounds) of each cell, by model."""
 
@@ -128,6 +169,8 @@ QUICK = {
     CellKind.STREAMS: {"S": (16, 16, 2), "M": (16, 4, 1)},
     CellKind.PREFIX: {"S": (256, 1, 2), "M": (64, 1, 1), "W": (64, 1, 1)},
     CellKind.BUSY: {"S": (16, 16, 1)},
+    CellKind.CHUNKS: {"M": (200, 64, 1)},
+    CellKind.COST: {"S": (16, 8, 1), "M": (16, 4, 1)},
 }
 """A look at whether everything runs, not at how fast it is."""
 
@@ -145,13 +188,22 @@ def make_races(
     table = QUICK if quick else FULL
     races = []
     for model in models:
-        cells = tuple(
-            Cell(kind, *lengths[model]) for kind, lengths in table.items() if model in lengths
-        )
+        cells = {
+            kind: Cell(kind, *lengths[model]) for kind, lengths in table.items() if model in lengths
+        }
+        chunks, cost = (cells.pop(kind, None) for kind in (CellKind.CHUNKS, CellKind.COST))
+        races.append(Race(model, "fp32", _fp32_entries(model, backend), tuple(cells.values())))
         # Load beside INT8 says nothing that load beside FP32 does not.
-        quiet = tuple(cell for cell in cells if cell.kind is not CellKind.BUSY)
-        races.append(Race(model, "fp32", _fp32_entries(model, backend), cells))
-        races.append(Race(model, "quantised", _quantised_entries(backend), quiet))
+        cells.pop(CellKind.BUSY, None)
+        races.append(Race(model, "quantised", _quantised_entries(backend), tuple(cells.values())))
+        # Races of their own: they hold another KV cache, and other variants of ours.
+        if chunks is not None:
+            entries = tuple(Entry(f"{ENGINE}:{backend}", kind) for kind in ("fp32", "int8", "int4"))
+            races.append(Race(model, "chunks", entries, (chunks,)))
+        if cost is not None:
+            names = [f"{ENGINE}:{backend}{option}" for option in VARIANTS]
+            entries = tuple(Entry(name, "fp32") for name in names)
+            races.append(Race(model, "deterministic", entries, (cost,)))
     return tuple(races)
 
 

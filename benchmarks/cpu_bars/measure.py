@@ -3,21 +3,36 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
 from gptjet.benchmarks.cpu_bars.busy import busy_cores
-from gptjet.benchmarks.cpu_bars.design import STREAMS, Cell, CellKind
-from gptjet.benchmarks.peers.contestants import Contestant, PeerRun, StreamsContestant
+from gptjet.benchmarks.cpu_bars.design import (
+    LATE_INPUT_TOKENS,
+    LATE_STREAMS,
+    PREFIX_TAIL_TOKENS,
+    STREAMS,
+    Cell,
+    CellKind,
+)
+from gptjet.benchmarks.peers.contestants import (
+    Contestant,
+    LateContestant,
+    PeerRun,
+    StreamsContestant,
+)
 from gptjet.benchmarks.peers.environments import PeerError
 
 Figures = dict[str, Any]
 
 # Threads of a library that has just finished may spin for a while before they sleep.
 PAUSE_S = 0.3
-_PREFIX_TAIL_TOKENS = 16
+# Of each stream, before the long prompt comes.
+_EARLY_TOKENS = 8
 
 Load = Callable[[], AbstractContextManager[object]]
 
@@ -44,10 +59,12 @@ def measure(
     match cell.kind:
         case CellKind.DECODE | CellKind.PREFILL:
             return _single(_run(contestant, prompt(), cell.output_tokens))
-        case CellKind.STREAMS:
+        case CellKind.STREAMS | CellKind.COST:
             return _streams(contestant, prompt, cell.output_tokens, pause_s)
         case CellKind.PREFIX:
             return _prefix(contestant, cell, prompt)
+        case CellKind.CHUNKS:
+            return _chunks(contestant, prompt, cell.output_tokens)
         case CellKind.BUSY:
             quiet = _single(_run(contestant, prompt("quiet"), cell.output_tokens))
             with load() if number >= 0 else contextlib.nullcontext():
@@ -90,12 +107,38 @@ def _streams(
     }
 
 
+def _chunks(
+    contestant: Contestant, prompt: Callable[[str], tuple[int, ...]], output_tokens: int
+) -> Figures:
+    """Gaps between a stream's tokens before the long prompt comes, and until its first token."""
+    if not isinstance(contestant, LateContestant):
+        raise PeerError("it takes no prompt while others run")
+    names = [f"stream {index}" for index in range(LATE_STREAMS)]
+    prompts = [prompt(name)[:LATE_INPUT_TOKENS] for name in names]
+    runs, late = contestant.run_beside(prompts, output_tokens, prompt("late"), _EARLY_TOKENS)
+    for run in runs:
+        _check_length(run, output_tokens)
+    first_ms = late.added_ms + late.ttft_ms
+    if min(run.token_ms[-1] for run in runs) < first_ms:
+        raise PeerError("the streams ended before the long prompt was computed")
+    gaps = [pair for run in runs for pair in itertools.pairwise(run.token_ms)]
+    quiet = [end - begin for begin, end in gaps if end <= late.added_ms]
+    beside = [end - begin for begin, end in gaps if end > late.added_ms and begin < first_ms]
+    return {
+        "quiet_itl_ms": statistics.median(quiet),
+        "itl_ms": statistics.median(beside),
+        "longest_itl_ms": max(beside),
+        "late_ttft_ms": late.ttft_ms,
+        "streams": len(runs),
+    }
+
+
 def _prefix(
     contestant: Contestant, cell: Cell, prompt: Callable[[str], tuple[int, ...]]
 ) -> Figures:
     shared = prompt("shared")
     first, second = (
-        _run(contestant, shared + prompt(name)[:_PREFIX_TAIL_TOKENS], cell.output_tokens)
+        _run(contestant, shared + prompt(name)[:PREFIX_TAIL_TOKENS], cell.output_tokens)
         for name in ("first tail", "second tail")
     )
     return {"first_ttft_ms": first.ttft_ms, "second_ttft_ms": second.ttft_ms}

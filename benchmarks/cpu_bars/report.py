@@ -30,6 +30,9 @@ def make_document(bars: Bars) -> Document:
     passed = sum(bar.verdict is Verdict.PASS for bar in judged)
     asked = sum(bar.verdict is not Verdict.SHOWN for bar in judged)
     section.parts.append(Paragraph(f"{passed} of {asked} bars hold."))
+    builds = dict.fromkeys(str(each.get("build")) for each in bars.recorded.sessions)
+    if len(builds) > 1:
+        section.parts.append(Paragraph(f"Rounds of {len(builds)} builds: {', '.join(builds)}."))
     document.sections.append(section)
     for model in dict.fromkeys(race.model for race in bars.races):
         races = [race for race in bars.races if race.model == model]
@@ -84,6 +87,7 @@ def _contestants(bars: Bars, races: Sequence[Race]) -> Table:
     rows = [
         _contestant(bars, race, entry, cell_of(race, CellKind.DECODE))
         for race in races
+        if any(cell.kind is CellKind.DECODE for cell in race.cells)
         for entry in race.entries
     ]
     columns = (
@@ -99,7 +103,7 @@ def _contestants(bars: Bars, races: Sequence[Race]) -> Table:
 
 
 def cell_of(race: Race, kind: CellKind) -> Cell:
-    """The race's cell of a kind that every race has."""
+    """The race's cell of a kind that it has."""
     return next(cell for cell in race.cells if cell.kind is kind)
 
 
@@ -131,7 +135,7 @@ def _contestant(bars: Bars, race: Race, entry: Entry, decode: Cell) -> tuple[str
 def bandwidth_share(
     bars: Bars, race: Race, entry: Entry, decode: Cell, rates: Sequence[float]
 ) -> float | None:
-    """Bytes a second that the median decode step must read, over the measured read bandwidth.
+    """Bytes a second that the median decode step must read, over the best read bandwidth measured.
 
     None where the model fits the processor's cache, so that memory does not bound it, and where
     nothing was measured.
@@ -142,16 +146,15 @@ def bandwidth_share(
         return None
     context = decode.input_tokens + decode.output_tokens / 2
     work = decode_work(geometry, WEIGHT_TYPES[entry.weight_type], context)
-    gb_s = statistics.median(measured)
-    return work.num_bytes * statistics.median(rates) / 1e9 / gb_s
+    return work.num_bytes * statistics.median(rates) / 1e9 / max(measured)
 
 
 def _notes(bars: Bars, model: str) -> Iterator[str]:
     rates = bars.recorded.bandwidths.get(model)
     if rates:
         yield (
-            f"Measured read bandwidth: {statistics.median(rates):.1f} GB/s "
-            f"({min(rates):.1f} to {max(rates):.1f} over {len(rates)} measurements)."
+            f"Measured read bandwidth: at best {max(rates):.1f} GB/s, the worst of "
+            f"{len(rates)} measurements {min(rates):.1f}."
         )
     if model == "S":
         yield "No share of bandwidth: the weights fit the processor's cache."

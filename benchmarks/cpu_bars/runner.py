@@ -27,7 +27,7 @@ SESSION, ROUND, BANDWIDTH = "bars_session", "bars_round", "bars_bandwidth"
 ABSENT, FAILURE = "bars_absent", "bars_failure"
 
 Record = Mapping[str, Any]
-Start = Callable[[Entry, Path], AbstractContextManager[Contestant]]
+Start = Callable[[Race, Entry, Path], AbstractContextManager[Contestant]]
 MeasureBandwidth = Callable[[], Mapping[str, Any]]
 
 
@@ -55,12 +55,14 @@ class Recorded:
     absent      (race, entry) -> why it could not start, until it did
     failures    (race, entry) -> why it stopped on the way, until it got through
     bandwidths  by model, every measurement of the read bandwidth in GB/s
+    sessions    the commands that added to it, oldest first
     """
 
     rounds: dict[tuple[str, str, int], dict[str, Figures]] = field(default_factory=dict)
     absent: dict[tuple[str, str], str] = field(default_factory=dict)
     failures: dict[tuple[str, str], str] = field(default_factory=dict)
     bandwidths: dict[str, list[float]] = field(default_factory=dict)
+    sessions: list[Record] = field(default_factory=list)
 
     @classmethod
     def of(cls, records: Iterable[Record]) -> Recorded:
@@ -73,6 +75,8 @@ class Recorded:
     def add(self, record: Record) -> None:
         """Take one more into account."""
         match record["kind"]:
+            case "bars_session":
+                self.sessions.append(record)
             case "bars_round":
                 figures = dict(record["figures"])
                 self.rounds[record["race"], record["cell"], record["round"]] = figures
@@ -140,7 +144,7 @@ class Runner:
             self.observer.advance(f"{race.key}: starting {entry}", 0)
             begin = time.monotonic()
             try:
-                started[entry] = stack.enter_context(self.start(entry, folder))
+                started[entry] = stack.enter_context(self.start(race, entry, folder))
             except PeerError as error:
                 self._lose(race, entry, ABSENT, str(error))
             else:

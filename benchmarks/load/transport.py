@@ -36,10 +36,24 @@ class GrpcTransport:
     """
 
     def __init__(
-        self, target: str, *, tls: TlsOptions | None, timeout_s: float, connections: int
+        self,
+        target: str,
+        *,
+        tls: TlsOptions | None,
+        timeout_s: float,
+        connections: int,
+        token: str | None = None,
     ) -> None:
         self._clients = [
-            AsyncClient(target, tls=tls, timeout_s=timeout_s, retry=None)
+            AsyncClient(
+                target,
+                tls=tls,
+                timeout_s=timeout_s,
+                retry=None,
+                token=token,
+                # The command line has asked already whether this may be.
+                allow_plaintext_token=True,
+            )
             for _ in range(connections)
         ]
         self._turns = itertools.cycle(self._clients)

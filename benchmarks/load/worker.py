@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
+import os
 import sys
 import threading
 from collections.abc import Callable, Mapping
@@ -27,6 +28,9 @@ _PROGRESS_S = 0.5
 # Warm-up requests are planned with a seed of their own: none of them is sent again in the run.
 _WARMUP_SEED_OFFSET = 1_000_003
 
+# Never in the spec, which is written into results.
+_TOKEN_VARIABLE = "GPTJET_TOKEN"
+
 Emit = Callable[[str, Mapping[str, Any]], None]
 
 
@@ -37,6 +41,7 @@ async def work(spec: RunSpec, worker: int, emit: Emit, commands: asyncio.Queue[A
         tls=tls_from_json(spec.tls),
         timeout_s=spec.timeout_s,
         connections=spec.connections,
+        token=os.environ.get(_TOKEN_VARIABLE),
     )
     async with transport:
         await warm_up(spec, worker, transport)

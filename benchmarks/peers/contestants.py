@@ -40,6 +40,19 @@ _WORKER = Path(__file__).with_name("worker.py")
 _START_TIMEOUT_S = 600.0
 
 
+# What may follow a backend's name after "+": flags of the worker, and its environment.
+_FLAGS = {"deterministic": ["--deterministic"], "torch": []}
+_VARIABLES = {"torch": {"CC": "/nonexistent/cc"}}
+
+
+@dataclass(frozen=True, slots=True)
+class LateRun:
+    """A prompt that came while others ran. `added_ms` counts from their start, `ttft_ms` on."""
+
+    added_ms: float
+    ttft_ms: float
+
+
 @dataclass(frozen=True, slots=True)
 class PeerRun:
     """One run. `token_ms` counts from the start, one value a token."""
@@ -87,6 +100,24 @@ class StreamsContestant(Contestant, Protocol):
         ...
 
 
+@runtime_checkable
+class LateContestant(Contestant, Protocol):
+    """One that takes a prompt while others run."""
+
+    def run_beside(
+        self,
+        prompts: Sequence[Sequence[int]],
+        output_tokens: int,
+        late: Sequence[int],
+        after_tokens: int,
+    ) -> tuple[list[PeerRun], LateRun]:
+        """Streams, and a prompt for one token that comes once each of them has `after_tokens`.
+
+        Raises PeerError.
+        """
+        ...
+
+
 @contextlib.contextmanager
 def start(
     name: str,
@@ -99,6 +130,8 @@ def start(
 ) -> Iterator[Contestant]:
     """Start a contestant by its name, and end it afterwards. Raises PeerError.
 
+    `engine:BACKEND+deterministic` keeps that promise, `engine:BACKEND+torch` finds no compiler.
+
     kv_cache_tokens  of ours: what all its streams together may hold; None: what fits the machine
     """
     library, _, backend = name.partition(":")
@@ -109,13 +142,18 @@ def start(
             yield ours
         return
     if library == ENGINE:
+        backend, *options = backend.split("+")
+        if unknown := [option for option in options if option not in _FLAGS]:
+            raise PeerError(f"{name}: no option {unknown[0]!r}: {', '.join(_FLAGS)}")
         level = _level(name, backend, weight_type)
         model = quantized(model, weight_type, root)
         command = [sys.executable, "-m", _OFFLINE_WORKER, f"--backend={level.backend}"]
         command += [f"--model={model.absolute()}", f"--threads={threads}"]
         command += [f"--dtype={DTYPES.get(weight_type, weight_type)}"]
         command += [] if kv_cache_tokens is None else [f"--kv-cache-tokens={kv_cache_tokens}"]
-        with _EngineProcess(command) as engine:
+        command += [flag for option in options for flag in _FLAGS[option]]
+        variables = {k: v for option in options for k, v in _VARIABLES.get(option, {}).items()}
+        with _EngineProcess(command, variables) as engine:
             yield engine
         return
     peer = find_peer(name)
@@ -135,14 +173,14 @@ def _level(name: str, backend: str, weight_type: str) -> LevelName:
 class _WorkerProcess:
     """A peer's process: see worker.py."""
 
-    def __init__(self, command: Sequence[str]) -> None:
+    def __init__(self, command: Sequence[str], variables: Mapping[str, str] | None = None) -> None:
         self._process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
-            env=environment_without_settings(),
+            env=environment_without_settings() | dict(variables or {}),
         )
         try:
             if not self._read().get("ready"):
@@ -204,6 +242,20 @@ class _EngineProcess(_WorkerProcess):
             {"prompts": [list(prompt) for prompt in prompts], "output_tokens": output_tokens}
         )
         return [PeerRun.from_json({**answered, **stream}) for stream in answered["streams"]]
+
+    def run_beside(
+        self,
+        prompts: Sequence[Sequence[int]],
+        output_tokens: int,
+        late: Sequence[int],
+        after_tokens: int,
+    ) -> tuple[list[PeerRun], LateRun]:
+        """See LateContestant."""
+        asked: dict[str, Any] = {"prompts": [list(prompt) for prompt in prompts]}
+        asked["late"] = {"prompt": list(late), "after_tokens": after_tokens}
+        answered = self._ask({**asked, "output_tokens": output_tokens})
+        runs = [PeerRun.from_json({**answered, **stream}) for stream in answered["streams"]]
+        return runs, LateRun(**answered["late"])
 
 
 class _OurServer:

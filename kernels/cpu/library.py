@@ -3,7 +3,17 @@
 from __future__ import annotations
 
 import ctypes
-from ctypes import POINTER, Structure, c_float, c_int, c_int32, c_int64, c_uint64, c_void_p
+from ctypes import (
+    POINTER,
+    Structure,
+    c_double,
+    c_float,
+    c_int,
+    c_int32,
+    c_int64,
+    c_uint64,
+    c_void_p,
+)
 from pathlib import Path
 
 from gptjet.kernels.cpu.build import NativeUnavailableError, chosen_isa, library_path
@@ -100,6 +110,9 @@ class Library:
         self.bytes = native.gj_bytes
         self.bytes.argtypes = (c_void_p,)
         self.bytes.restype = c_uint64
+        self.measure_read = native.gj_measure_read
+        self.measure_read.argtypes = (c_int, c_uint64, c_int, c_int, POINTER(c_double))
+        self.measure_read.restype = c_int
         self.forward = native.gj_forward
         self.forward.argtypes = (c_void_p, POINTER(Batch), POINTER(c_int32))
         self.forward.restype = c_int

@@ -57,22 +57,20 @@ class CpuModel:
         layers: Iterable[LayerWeights],
         *,
         num_threads: int,
+        take: bool = False,
     ) -> CpuModel:
         """Pack the weights, taking one layer at a time from `layers`.
 
-        Dense weights are kept in float32. Beside INT8 or INT4 weights the embedding is kept in
-        float16. Raises NativeUnavailableError, ValueError for weights that do not fit the
-        geometry, MemoryError.
+        Dense weights are kept in float32, the embedding in what it comes in. `take` empties each
+        matrix once it is packed, so that it is not there twice whoever else still refers to it.
+        Raises NativeUnavailableError, ValueError for weights that do not fit the geometry,
+        MemoryError.
         """
         _check_geometry(geometry)
         if not 1 <= num_threads <= MAX_THREADS:
             raise ValueError(f"num_threads is {num_threads}; it may be 1 to {MAX_THREADS}")
         library = native.native_library()
-        remaining = iter(layers)
-        first = next(remaining, None)
-        weights = [head.lm_head, *([first.w_in, first.w_out] if first is not None else [])]
-        half = any(not isinstance(weight, DenseWeight) for weight in weights)
-        del weights  # else the first layer stays until the last one is packed
+        half = head.embedding.dtype is torch.float16
         sizes = native.Geometry(
             geometry.num_layers,
             geometry.hidden_size,
@@ -91,16 +89,14 @@ class CpuModel:
             raise MemoryError("no memory or threads for the model")
         model = cls(library, geometry, handle)
         try:
-            model._set_head(head, half)
+            model._set_head(head, half, take)
             count = 0
-            while first is not None:
+            for layer in layers:
                 if count == geometry.num_layers:
                     raise ValueError(f"there are more than {count} layers")
-                model._set_layer(count, first)
+                model._set_layer(count, layer, take)
                 count += 1
-                # The layer must go before the next one comes.
-                first = None
-                first = next(remaining, None)
+                del layer  # it must go before the next one comes
             if count < geometry.num_layers:
                 raise ValueError(f"there are {count} layers of {geometry.num_layers}")
         except BaseException:
@@ -206,28 +202,31 @@ class CpuModel:
             )
         raise ValueError(message)
 
-    def _set_head(self, head: HeadWeights, half: bool) -> None:
+    def _set_head(self, head: HeadWeights, half: bool, take: bool) -> None:
         sizes = self.geometry
         _check_shape("embedding", head.embedding, (sizes.vocab_size, sizes.hidden_size))
         dtype = torch.float16 if half else torch.float32
         for begin, rows in _slices(head.embedding):
             values = rows.to(dtype).contiguous()
             self._library.set_embedding(self._handle, begin, values.shape[0], values.data_ptr())
+            del rows, values  # they would hold all of it
+        if take and _stored(head.lm_head) is not head.embedding:  # tied: it is read once more
+            _empty(head.embedding)
         self._set_norm(-1, head.norm_weight, head.norm_bias)
         self._set_weight(
-            "lm_head", 0, native.LM_HEAD, head.lm_head, (sizes.vocab_size, sizes.hidden_size)
+            "lm_head", 0, native.LM_HEAD, head.lm_head, (sizes.vocab_size, sizes.hidden_size), take
         )
         cosine, sine = rotary_tables(sizes.max_context, sizes.rotary_dim)
         self._library.set_rotary(self._handle, cosine.data_ptr(), sine.data_ptr())
 
-    def _set_layer(self, index: int, layer: LayerWeights) -> None:
+    def _set_layer(self, index: int, layer: LayerWeights, take: bool) -> None:
         sizes = self.geometry
         attention = sizes.num_heads * sizes.head_dim
         self._set_norm(index, layer.norm_weight, layer.norm_bias)
         w_in = (3 * attention + sizes.inner_size, sizes.hidden_size)
         w_out = (sizes.hidden_size, attention + sizes.inner_size)
-        self._set_weight(f"layer {index}: w_in", index, native.W_IN, layer.w_in, w_in)
-        self._set_weight(f"layer {index}: w_out", index, native.W_OUT, layer.w_out, w_out)
+        self._set_weight(f"layer {index}: w_in", index, native.W_IN, layer.w_in, w_in, take)
+        self._set_weight(f"layer {index}: w_out", index, native.W_OUT, layer.w_out, w_out, take)
 
     def _set_norm(self, layer: int, weight: torch.Tensor, bias: torch.Tensor) -> None:
         name = "final LayerNorm" if layer < 0 else f"layer {layer}: LayerNorm"
@@ -237,7 +236,13 @@ class CpuModel:
         self._library.set_norm(self._handle, layer, values[0].data_ptr(), values[1].data_ptr())
 
     def _set_weight(
-        self, name: str, layer: int, which: int, weight: Weight, shape: tuple[int, int]
+        self,
+        name: str,
+        layer: int,
+        which: int,
+        weight: Weight,
+        shape: tuple[int, int],
+        take: bool,
     ) -> None:
         if weight.shape != shape:
             raise ValueError(f"{name} is {list(weight.shape)}, not {list(shape)}")
@@ -257,6 +262,8 @@ class CpuModel:
         else:
             scale = weight.scale.to(torch.float16).contiguous()
             self._set_rows(layer, which, 0, weight.packed.contiguous(), scale)
+        if take:
+            _empty(_stored(weight))
 
     def _set_rows(
         self,
@@ -308,6 +315,17 @@ def _kind(name: str, weight: Weight) -> tuple[int, int]:
     _check_shape(f"{name}.packed", weight.packed, (outputs, -(-inputs // 2)))
     _check_shape(f"{name}.scale", weight.scale, (outputs, -(-inputs // weight.group)))
     return native.INT4, weight.group
+
+
+def _stored(weight: Weight) -> torch.Tensor:
+    """The matrix of a weight, as it is kept."""
+    if isinstance(weight, DenseWeight):
+        return weight.weight
+    return weight.quantized if isinstance(weight, Int8Weight) else weight.packed
+
+
+def _empty(tensor: torch.Tensor) -> None:
+    tensor.data = tensor.new_empty(0)
 
 
 def _slices(matrix: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:

@@ -29,7 +29,11 @@ class TextGenerationStub(object):
     """Generates text with one GPT-J-class causal language model.
 
     Errors carry google.rpc details: BadRequest (which field, which limit) with INVALID_ARGUMENT and
-    RetryInfo (when to come back) with RESOURCE_EXHAUSTED and UNAVAILABLE.
+    RetryInfo (when to come back) with RESOURCE_EXHAUSTED and UNAVAILABLE; QuotaFailure (which quota of
+    the caller's token, which limit) says that RESOURCE_EXHAUSTED is not the server being full.
+
+    Where the server has access control, each call carries the metadata "authorization: Bearer <token>".
+    Without a good one it ends with UNAUTHENTICATED, without the right with PERMISSION_DENIED.
     """
 
     def __init__(self, channel):
@@ -74,7 +78,11 @@ class TextGenerationServicer(object):
     """Generates text with one GPT-J-class causal language model.
 
     Errors carry google.rpc details: BadRequest (which field, which limit) with INVALID_ARGUMENT and
-    RetryInfo (when to come back) with RESOURCE_EXHAUSTED and UNAVAILABLE.
+    RetryInfo (when to come back) with RESOURCE_EXHAUSTED and UNAVAILABLE; QuotaFailure (which quota of
+    the caller's token, which limit) says that RESOURCE_EXHAUSTED is not the server being full.
+
+    Where the server has access control, each call carries the metadata "authorization: Bearer <token>".
+    Without a good one it ends with UNAUTHENTICATED, without the right with PERMISSION_DENIED.
     """
 
     def Generate(self, request, context):
@@ -167,7 +175,11 @@ class TextGeneration(object):
     """Generates text with one GPT-J-class causal language model.
 
     Errors carry google.rpc details: BadRequest (which field, which limit) with INVALID_ARGUMENT and
-    RetryInfo (when to come back) with RESOURCE_EXHAUSTED and UNAVAILABLE.
+    RetryInfo (when to come back) with RESOURCE_EXHAUSTED and UNAVAILABLE; QuotaFailure (which quota of
+    the caller's token, which limit) says that RESOURCE_EXHAUSTED is not the server being full.
+
+    Where the server has access control, each call carries the metadata "authorization: Bearer <token>".
+    Without a good one it ends with UNAUTHENTICATED, without the right with PERMISSION_DENIED.
     """
 
     @staticmethod

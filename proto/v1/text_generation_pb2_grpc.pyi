@@ -32,7 +32,11 @@ class TextGenerationStub:
     """Generates text with one GPT-J-class causal language model.
 
     Errors carry google.rpc details: BadRequest (which field, which limit) with INVALID_ARGUMENT and
-    RetryInfo (when to come back) with RESOURCE_EXHAUSTED and UNAVAILABLE.
+    RetryInfo (when to come back) with RESOURCE_EXHAUSTED and UNAVAILABLE; QuotaFailure (which quota of
+    the caller's token, which limit) says that RESOURCE_EXHAUSTED is not the server being full.
+
+    Where the server has access control, each call carries the metadata "authorization: Bearer <token>".
+    Without a good one it ends with UNAUTHENTICATED, without the right with PERMISSION_DENIED.
     """
 
     @_typing.overload
@@ -62,7 +66,11 @@ class TextGenerationAsyncStub(TextGenerationStub):
     """Generates text with one GPT-J-class causal language model.
 
     Errors carry google.rpc details: BadRequest (which field, which limit) with INVALID_ARGUMENT and
-    RetryInfo (when to come back) with RESOURCE_EXHAUSTED and UNAVAILABLE.
+    RetryInfo (when to come back) with RESOURCE_EXHAUSTED and UNAVAILABLE; QuotaFailure (which quota of
+    the caller's token, which limit) says that RESOURCE_EXHAUSTED is not the server being full.
+
+    Where the server has access control, each call carries the metadata "authorization: Bearer <token>".
+    Without a good one it ends with UNAUTHENTICATED, without the right with PERMISSION_DENIED.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -88,7 +96,11 @@ class TextGenerationServicer(metaclass=_abc_1.ABCMeta):
     """Generates text with one GPT-J-class causal language model.
 
     Errors carry google.rpc details: BadRequest (which field, which limit) with INVALID_ARGUMENT and
-    RetryInfo (when to come back) with RESOURCE_EXHAUSTED and UNAVAILABLE.
+    RetryInfo (when to come back) with RESOURCE_EXHAUSTED and UNAVAILABLE; QuotaFailure (which quota of
+    the caller's token, which limit) says that RESOURCE_EXHAUSTED is not the server being full.
+
+    Where the server has access control, each call carries the metadata "authorization: Bearer <token>".
+    Without a good one it ends with UNAUTHENTICATED, without the right with PERMISSION_DENIED.
     """
 
     @_abc_1.abstractmethod

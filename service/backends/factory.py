@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from gptjet.service.engine.errors import BackendLoadError
 
@@ -72,20 +72,27 @@ class BackendEntry:
 
 def _load_mock(options: LoadOptions) -> LoadedModel:
     from gptjet.service.backends.mock import MockBackend
-    from gptjet.service.backends.mock_delays import delays_of
+    from gptjet.service.backends.mock_settings import settings_of
     from gptjet.service.engine.tokenizer import ByteTokenizer
 
-    context = 512
-    delays = delays_of(options.model)
+    settings = settings_of(options.model)
+    context = max(1, settings.context)
     tokens = options.kv_cache_tokens or options.max_sequences * context
-    backend = MockBackend(
-        max_context=context,
-        max_sequences=options.max_sequences,
-        num_kv_blocks=max(1, tokens // 16),
-        prefill_ms=delays.prefill_ms,
-        decode_ms=delays.decode_ms,
-    )
-    return LoadedModel(backend, ByteTokenizer())
+    arguments: dict[str, Any] = {
+        "max_context": context,
+        "max_sequences": options.max_sequences,
+        "num_kv_blocks": max(1, tokens // 16),
+        "prefill_ms": settings.prefill_ms,
+        "decode_ms": settings.decode_ms,
+        "paged": bool(settings.paged),
+        "max_prefill_tokens": settings.max_prefill_tokens or None,
+        "max_prefill_batch_size": max(1, settings.max_prefill_batch_size),
+    }
+    if not settings.has_faults:
+        return LoadedModel(MockBackend(**arguments), ByteTokenizer())
+    from gptjet.service.backends.mock_faults import FaultyMockBackend
+
+    return LoadedModel(FaultyMockBackend(settings, **arguments), ByteTokenizer())
 
 
 def _load_huggingface(options: LoadOptions) -> LoadedModel:
@@ -122,7 +129,7 @@ BACKENDS: dict[str, BackendEntry] = {
         _load_fused,
     ),
     "mock": BackendEntry(
-        "a toy with output known by hand, slowed by --model mock:prefill_ms=20,decode_ms=5",
+        "a toy with output known by hand; model mock:decode_ms=5,nan_at_step=9 slows, breaks it",
         _load_mock,
     ),
     "huggingface": BackendEntry(

@@ -24,10 +24,11 @@ from gptjet.service.backends.logprobs import token_logprobs
 from gptjet.service.backends.threads import choose_cpu_threads
 from gptjet.service.engine.backend import BackendSpec, PrefillResult, ScheduledBatch, ScoreJob
 from gptjet.service.engine.errors import BackendLoadError
-from gptjet.service.models.architecture import one_line, verify_architecture
+from gptjet.service.models.architecture import verify_architecture
 from gptjet.service.models.checkpoint import Checkpoint, resolve_checkpoint
 from gptjet.service.models.geometry import context_length, eos_token_ids
 from gptjet.service.models.memory import format_bytes
+from gptjet.service.models.messages import one_line
 from gptjet.service.models.tokenizer import load_tokenizer
 from gptjet.service.models.transformers_loader import load_causal_lm
 

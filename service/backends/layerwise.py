@@ -1,17 +1,17 @@
-"""transformers' own forward pass with one block of the model in memory.
+"""transformers' own forward pass with one matrix of the model in memory.
 
 The reference of the parity gate where the model itself would not fit beside the fast one. The
 blocks, masks, caches and positions are transformers' code; only the loop over the layers is turned
-inside out: every probe goes through one block, whose weights are then given back, and on to the
-next.
+inside out: every probe goes through one block before any goes on to the next, and each module of
+the block has its weights for as long as it computes.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
-from typing import Any, Protocol
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol, TypeAlias
 
 import accelerate
 import torch
@@ -30,7 +30,10 @@ from gptjet.service.models.quiet import quiet_transformers
 _CHUNK = 256
 # Rows of the vocabulary that are float32 at a time.
 _HEAD_ROWS = 8192
-_DEQUANTIZED_ROWS = 1024
+_DEQUANTIZED_ROWS = 256
+
+Block: TypeAlias = Callable[[str], torch.Tensor]
+"""A block's tensors by their names in it ("mlp.fc_in.weight"), made anew each time."""
 
 
 class WeightSource(Protocol):
@@ -41,12 +44,12 @@ class WeightSource(Protocol):
 
     config: Any
 
-    def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
-        """Rows [T, hidden] of the embedding."""
+    def embed(self, token_ids: Sequence[int]) -> torch.Tensor:
+        """Rows [T, hidden] float32 of the embedding."""
         ...
 
-    def layers(self) -> Iterator[Mapping[str, torch.Tensor]]:
-        """Each block's tensors by their names in it; valid until the next is asked for."""
+    def blocks(self) -> Iterator[Block]:
+        """Each block in order; valid until the next is asked for."""
         ...
 
     def final_norm(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -66,15 +69,23 @@ def last_logits(
     device: torch.device,
 ) -> list[torch.Tensor]:
     """Logits [wanted[i], V] float32 on the CPU, of the last positions of each sequence."""
-    model = _one_block(source.config)
-    buffers = {name: buffer.to(device) for name, buffer in model.named_buffers()}
-    hidden = [_move(source.embed(torch.tensor(list(ids))), device) for ids in sequences]
-    for layer in source.layers():
-        weights = {f"h.0.{name}": _move(tensor, device) for name, tensor in layer.items()} | buffers
-        hidden = [_through(model, weights, states) for states in hidden]
-        # Both names, or the block would still be there while the next one is read.
-        del weights, layer
-    ends = torch.cat([states[-count:] for states, count in zip(hidden, wanted, strict=True)])
+    model = _OneBlock(source.config, device)
+    groups = _groups([len(ids) for ids in sequences])
+    states = [
+        torch.nn.utils.rnn.pad_sequence(
+            [_move(source.embed(sequences[index]), device) for index in group], batch_first=True
+        )
+        for group in groups
+    ]
+    for block in source.blocks():
+        states = [model.compute(block, batch) for batch in states]
+        del block  # it must go before the next one is read
+    rows = {
+        index: batch[row, len(sequences[index]) - wanted[index] : len(sequences[index])]
+        for group, batch in zip(groups, states, strict=True)
+        for row, index in enumerate(group)
+    }
+    ends = torch.cat([rows[index] for index in range(len(sequences))])
     norm_weight, norm_bias = (_move(tensor, device) for tensor in source.final_norm())
     ends = torch.nn.functional.layer_norm(
         ends, norm_weight.shape, norm_weight, norm_bias, source.config.layer_norm_epsilon
@@ -86,6 +97,20 @@ def last_logits(
     return list(torch.split(torch.cat(columns, dim=1), list(wanted)))
 
 
+def _groups(lengths: Sequence[int]) -> list[list[int]]:
+    """Which sequences go together: short ones, so that a matrix is made once for them all.
+
+    What fills the shorter ones up comes after their tokens, and no token attends to what follows.
+    """
+    groups: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if groups and (len(groups[-1]) + 1) * lengths[index] <= _CHUNK:
+            groups[-1].append(index)
+        else:
+            groups.append([index])
+    return groups
+
+
 class StoredWeights:
     """What a float checkpoint's files hold, in the shapes they are stored in."""
 
@@ -95,19 +120,19 @@ class StoredWeights:
         ties = families.tied(self._files.infos, bool(config.tie_word_embeddings))
         self._embedding = ties.get(families.EMBEDDING, families.EMBEDDING)
         self._head = ties.get(families.LM_HEAD, families.LM_HEAD)
-        self._block = tuple(name for name, _ in _one_block(config).h[0].named_parameters())
 
-    def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
+    def embed(self, token_ids: Sequence[int]) -> torch.Tensor:
         """See WeightSource."""
         with self._files.open([self._embedding]) as held:
-            return held[self._embedding][token_ids].float()
+            rows = [held.rows(self._embedding, token, token + 1) for token in token_ids]
+        return torch.cat(rows).float()
 
-    def layers(self) -> Iterator[Mapping[str, torch.Tensor]]:
+    def blocks(self) -> Iterator[Block]:
         """See WeightSource."""
         for number in range(self.config.n_layer):
             prefix = f"{families.PREFIX}h.{number}."
-            with self._files.open([prefix + name for name in self._block]) as held:
-                yield {name: held[prefix + name] for name in self._block}
+            with self._files.open(n for n in self._files.infos if n.startswith(prefix)) as held:
+                yield lambda name, prefix=prefix, held=held: held[prefix + name]  # type: ignore[misc]
 
     def final_norm(self) -> tuple[torch.Tensor, torch.Tensor]:
         """See WeightSource."""
@@ -117,9 +142,13 @@ class StoredWeights:
     def head(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """See WeightSource."""
         with self._files.open([self._head, families.LM_HEAD_BIAS]) as held:
-            weight, bias = held[self._head], held[families.LM_HEAD_BIAS]
-            rows = (torch.split(tensor, _HEAD_ROWS) for tensor in (weight, bias))
-            yield from zip(*rows, strict=True)
+            vocab = self._files.infos[self._head].shape[0]
+            for start in range(0, vocab, _HEAD_ROWS):
+                stop = min(start + _HEAD_ROWS, vocab)
+                yield (
+                    held.rows(self._head, start, stop),
+                    held.rows(families.LM_HEAD_BIAS, start, stop),
+                )
 
 
 class FusedValues:
@@ -130,59 +159,72 @@ class FusedValues:
         geometry = weights.geometry
         self.config = _gptj_config(geometry)
         self._weights = weights
+        self._norm = weights.head.norm_weight, weights.head.norm_bias
 
-    def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
+    def embed(self, token_ids: Sequence[int]) -> torch.Tensor:
+        """See WeightSource. Before `blocks`."""
+        return self._weights.head.embedding[list(token_ids)].float()
+
+    def blocks(self) -> Iterator[Block]:
         """See WeightSource. Once."""
-        return self._weights.head.embedding[token_ids].float()
-
-    def layers(self) -> Iterator[Mapping[str, torch.Tensor]]:
-        """See WeightSource."""
-        # Half a gigabyte of a wide model, and looked up by now.
-        head = self._weights.head
-        self._weights.head = replace(head, embedding=head.embedding.new_empty(0))
-        del head
+        # Half a gigabyte of a wide model: looked up by now, and lm_head is read again.
+        del self._weights.head
         for layer in self._weights.layers():
-            yield _split_layer(layer, self._weights.geometry)
+            yield functools.partial(_part_of, layer, self._weights.geometry)
+            del layer  # it must go before the next one is read
 
     def final_norm(self) -> tuple[torch.Tensor, torch.Tensor]:
         """See WeightSource."""
-        return self._weights.head.norm_weight, self._weights.head.norm_bias
+        return self._norm
 
     def head(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """See WeightSource."""
-        lm_head = self._weights.head.lm_head
+        lm_head = self._weights.read_lm_head()
         for start in range(0, lm_head.shape[0], _HEAD_ROWS):
             stop = min(start + _HEAD_ROWS, lm_head.shape[0])
             yield _values(lm_head, start, stop), _bias(lm_head)[start:stop]
 
 
-def _split_layer(layer: LayerWeights, geometry: BlockGeometry) -> dict[str, torch.Tensor]:
-    width = geometry.num_heads * geometry.head_dim
-    query, key, value, fc_in = torch.split(
-        _values(layer.w_in), [width, width, width, geometry.inner_size]
-    )
-    out_proj, fc_out = torch.split(_values(layer.w_out), [width, geometry.inner_size], dim=1)
-    return {
-        "ln_1.weight": layer.norm_weight,
-        "ln_1.bias": layer.norm_bias,
-        "attn.q_proj.weight": query,
-        "attn.k_proj.weight": key,
-        "attn.v_proj.weight": value,
-        "attn.out_proj.weight": out_proj,
-        "mlp.fc_in.weight": fc_in,
-        "mlp.fc_in.bias": _bias(layer.w_in)[3 * width :],
-        "mlp.fc_out.weight": fc_out,
-        "mlp.fc_out.bias": _bias(layer.w_out),
-    }
+def _part_of(layer: LayerWeights, geometry: BlockGeometry, name: str) -> torch.Tensor:
+    """A tensor of GPT-J's block out of the two matrices that the fused layout joins."""
+    width, inner = geometry.num_heads * geometry.head_dim, geometry.inner_size
+    match name:
+        case "ln_1.weight":
+            return layer.norm_weight
+        case "ln_1.bias":
+            return layer.norm_bias
+        case "attn.q_proj.weight":
+            return _values(layer.w_in, 0, width)
+        case "attn.k_proj.weight":
+            return _values(layer.w_in, width, 2 * width)
+        case "attn.v_proj.weight":
+            return _values(layer.w_in, 2 * width, 3 * width)
+        case "mlp.fc_in.weight":
+            return _values(layer.w_in, 3 * width, 3 * width + inner)
+        case "mlp.fc_in.bias":
+            return _bias(layer.w_in)[3 * width :]
+        case "attn.out_proj.weight":
+            return _values(layer.w_out, columns=slice(0, width))
+        case "mlp.fc_out.weight":
+            return _values(layer.w_out, columns=slice(width, width + inner))
+        case "mlp.fc_out.bias":
+            return _bias(layer.w_out)
+    raise KeyError(name)
 
 
-def _values(weight: Weight, start: int = 0, stop: int | None = None) -> torch.Tensor:
-    """What rows [start, stop) stand for, where they are; no second float32 copy on the way."""
+def _values(
+    weight: Weight, start: int = 0, stop: int | None = None, columns: slice = slice(None)
+) -> torch.Tensor:
+    """What some rows and columns stand for, with few float32 values beside them on the way."""
     stop = weight.shape[0] if stop is None else stop
-    values = torch.empty(stop - start, weight.shape[1], device=_device(weight))
+    width = len(range(weight.shape[1])[columns])
+    device = _device(weight)
+    values = torch.empty(stop - start, width, device=device)
+    buffer = torch.empty(min(_DEQUANTIZED_ROWS, stop - start), weight.shape[1], device=device)
     for first in range(0, len(values), _DEQUANTIZED_ROWS):
-        rows = values[first : first + _DEQUANTIZED_ROWS]
+        rows = buffer[: len(values) - first]
         dequantize_rows(weight, start + first, start + first + len(rows), rows)
+        values[first : first + len(rows)] = rows[:, columns]
     return values
 
 
@@ -193,9 +235,7 @@ def _bias(weight: Weight) -> torch.Tensor:
 
 
 def _device(weight: Weight) -> torch.device:
-    if isinstance(weight, DenseWeight):
-        return weight.weight.device
-    return weight.scale.device
+    return weight.weight.device if isinstance(weight, DenseWeight) else weight.scale.device
 
 
 def _gptj_config(geometry: BlockGeometry) -> GPTJConfig:
@@ -214,32 +254,54 @@ def _gptj_config(geometry: BlockGeometry) -> GPTJConfig:
     )
 
 
-def _one_block(config: Any) -> Any:
-    """transformers' model of the family with one block, no weights, and no last LayerNorm."""
-    config = copy.deepcopy(config)
-    config.n_layer = 1
-    config._attn_implementation = "eager"
-    with quiet_transformers(), accelerate.init_empty_weights(include_buffers=False):
-        auto: Any = AutoModel
-        model = auto.from_config(config, dtype=torch.float32)
-    model.ln_f = torch.nn.Identity()
-    del model.wte  # inputs are embedded already
-    return model.eval()
+class _OneBlock:
+    """transformers' model with one block, which is lent its weights, and without last LayerNorm."""
+
+    def __init__(self, config: Any, device: torch.device) -> None:
+        config = copy.deepcopy(config)
+        config.n_layer = 1
+        config._attn_implementation = "eager"
+        with quiet_transformers(), accelerate.init_empty_weights(include_buffers=False):
+            auto: Any = AutoModel
+            model = auto.from_config(config, dtype=torch.float32)
+        model.ln_f = torch.nn.Identity()
+        del model.wte  # inputs are embedded already
+        self._model = model.eval()
+        self._device = device
+        self._block: Block | None = None
+        for module in model.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                module._buffers[name] = buffer.to(device)
+        for name, module in model.h[0].named_modules():
+            if any(True for _ in module.parameters(recurse=False)):
+                module.register_forward_pre_hook(functools.partial(self._lend, name))
+                module.register_forward_hook(_take_back)
+
+    def compute(self, block: Block, states: torch.Tensor) -> torch.Tensor:
+        """States [B, T, hidden] through a block."""
+        self._block = block
+        cache = DynamicCache(config=self._model.config)
+        parts = []
+        for part in torch.split(states, _CHUNK, dim=1):
+            output = self._model(inputs_embeds=part, past_key_values=cache, use_cache=True)
+            parts.append(output.last_hidden_state)
+        self._block = None
+        return torch.cat(parts, dim=1)
+
+    def _lend(self, path: str, module: torch.nn.Module, _: Any) -> None:
+        assert self._block is not None
+        for name in list(module._parameters):
+            if module._parameters[name] is not None:
+                tensor = _move(self._block(f"{path}.{name}"), self._device)
+                module._parameters[name] = torch.nn.Parameter(tensor, requires_grad=False)
 
 
-def _through(model: Any, weights: Mapping[str, torch.Tensor], states: torch.Tensor) -> torch.Tensor:
-    """States [T, hidden] through the one block with these weights."""
-    cache = DynamicCache(config=model.config)
-    parts = []
-    for part in torch.split(states, _CHUNK):
-        output = torch.func.functional_call(
-            model,
-            dict(weights),
-            (),
-            {"inputs_embeds": part[None], "past_key_values": cache, "use_cache": True},
-        )
-        parts.append(output.last_hidden_state[0])
-    return torch.cat(parts)
+def _take_back(module: torch.nn.Module, _: Any, __: Any) -> None:
+    for name, parameter in module._parameters.items():
+        if parameter is not None:
+            module._parameters[name] = torch.nn.Parameter(
+                torch.empty(0, device="meta"), requires_grad=False
+            )
 
 
 def _move(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -7,17 +7,17 @@ import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
 from gptjet.service.commands.sampling import flag_of
+from gptjet.service.commands.security import SecurityFlags
 from gptjet.service.commands.terminal import ExitCode, fail
 from gptjet.service.config import SERVER_VARIABLE
 
 if TYPE_CHECKING:
-    from gptjet.service.client import Client, GptjetError, TlsOptions
+    from gptjet.service.client import Client, GptjetError
 
 DEFAULT_SERVER = "127.0.0.1:50051"
 
@@ -26,8 +26,8 @@ _GRPC_PREAMBLE = "failed to connect to all addresses; last error: UNKNOWN: "
 
 
 @dataclass(frozen=True)
-class ConnectionFlags:
-    """The server's address, TLS, and how long to wait."""
+class _ServerFlags:
+    """The server's address, and how long to wait."""
 
     server: Annotated[
         str,
@@ -57,45 +57,11 @@ class ConnectionFlags:
             rich_help_panel=_CONNECTION,
         ),
     ] = None
-    tls: Annotated[
-        bool,
-        typer.Option(
-            "--tls",
-            help="use TLS, with the roots that gRPC ships with",
-            rich_help_panel=_CONNECTION,
-        ),
-    ] = False
-    tls_ca: Annotated[
-        Path | None,
-        typer.Option(
-            "--tls-ca",
-            help="PEM roots that the server's certificate is checked against (turns TLS on)",
-            rich_help_panel=_CONNECTION,
-        ),
-    ] = None
-    tls_cert: Annotated[
-        Path | None,
-        typer.Option(
-            "--tls-cert",
-            help="PEM certificate of this client, where the server asks for one",
-            rich_help_panel=_CONNECTION,
-        ),
-    ] = None
-    tls_key: Annotated[
-        Path | None,
-        typer.Option(
-            "--tls-key", help="PEM private key of --tls-cert", rich_help_panel=_CONNECTION
-        ),
-    ] = None
-    tls_server_name: Annotated[
-        str | None,
-        typer.Option(
-            "--tls-server-name",
-            metavar="NAME",
-            help="name to expect in the server's certificate, where it is not the host",
-            rich_help_panel=_CONNECTION,
-        ),
-    ] = None
+
+
+@dataclass(frozen=True)
+class ConnectionFlags(SecurityFlags, _ServerFlags):
+    """The server's address, how long to wait, TLS, and the token."""
 
     def __post_init__(self) -> None:
         for flag, seconds in (("--timeout", self.timeout), ("--wait", self.wait)):
@@ -106,19 +72,6 @@ class ConnectionFlags:
     def timeout_s(self) -> float:
         """A call's deadline. A person has Ctrl-C, so there is none unless asked for."""
         return math.inf if self.timeout is None else self.timeout
-
-    def tls_options(self) -> TlsOptions | None:
-        """For the client; None: plain text."""
-        from gptjet.service.client import TlsOptions
-
-        if not (self.tls or self.tls_ca or self.tls_cert or self.tls_key or self.tls_server_name):
-            return None
-        return TlsOptions(
-            root_ca=self.tls_ca,
-            client_cert=self.tls_cert,
-            client_key=self.tls_key,
-            server_name=self.tls_server_name,
-        )
 
 
 @contextlib.contextmanager
@@ -131,12 +84,13 @@ def connect(flags: ConnectionFlags) -> Iterator[Client]:
     try:
         # No retries: whoever typed this sees at once what is wrong, and has --wait.
         client = Client(
-            flags.server, tls=flags.tls_options(), timeout_s=flags.timeout_s, retry=None
+            flags.server,
+            timeout_s=flags.timeout_s,
+            retry=None,
+            **flags.security_options(flags.server),
         )
     except OSError as error:
         fail(f"{error.filename}: {error.strerror}", ExitCode.USAGE)
-    except ValueError:
-        fail("--tls-cert and --tls-key must be given together", ExitCode.USAGE)
     with client:
         try:
             if flags.wait is not None:

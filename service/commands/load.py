@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+
 import typer
 
 from gptjet.benchmarks.load.flags import EXAMPLES, HELP, LoadFlags
 from gptjet.service.commands.connection import ConnectionFlags, connect
 from gptjet.service.commands.flags import expand_flags
 from gptjet.service.commands.terminal import ExitCode, fail
+from gptjet.service.config import TOKEN_VARIABLE
 
 _MODEL_TIMEOUT_S = 10.0
 
@@ -24,6 +27,10 @@ def load(flags: LoadFlags, connection: ConnectionFlags) -> None:
         with connect(connection) as client:
             # --timeout is the deadline of the requests, which may be missed on purpose.
             model = client.get_model(timeout_s=_MODEL_TIMEOUT_S)
+        # The workers have it from their environment: a spec is written into results.
+        token = connection.security_options(connection.server)["token"]
+        if token is not None:
+            os.environ[TOKEN_VARIABLE] = token
         spec = cli.make_spec(
             flags, model, connection.server, connection.timeout_s, connection.tls_options()
         )

@@ -126,15 +126,12 @@ async def open_client(
         elif settings:
             flag = flag_name(next(iter(settings)))
             fail(f"{flag} is for a server in this process; {target} has its own", ExitCode.USAGE)
-        try:
-            client = AsyncClient(
-                target,
-                tls=connection.tls_options(),
-                timeout_s=connection.timeout_s,
-                retry=RetryPolicy() if retry else None,
-            )
-        except ValueError:
-            fail("--tls-cert and --tls-key must be given together", ExitCode.USAGE)
+        client = AsyncClient(
+            target,
+            timeout_s=connection.timeout_s,
+            retry=RetryPolicy() if retry else None,
+            **connection.security_options(target),
+        )
         await stack.enter_async_context(client)
         if connection.wait is not None:
             await client.wait_until_serving(connection.wait)

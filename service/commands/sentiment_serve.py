@@ -216,16 +216,13 @@ async def _serve(
 def _client(target: str, connection: SentimentConnection) -> AsyncClient:
     from gptjet.service.client import DEFAULT_TIMEOUT_S, AsyncClient
 
-    try:
-        return AsyncClient(
-            target,
-            tls=connection.tls_options(),
-            timeout_s=DEFAULT_TIMEOUT_S if connection.timeout is None else connection.timeout,
-            # The page says at once that nobody answers, and tries again itself.
-            retry=None,
-        )
-    except ValueError:
-        fail("--tls-cert and --tls-key must be given together", _USAGE)
+    return AsyncClient(
+        target,
+        timeout_s=DEFAULT_TIMEOUT_S if connection.timeout is None else connection.timeout,
+        # The page says at once that nobody answers, and tries again itself.
+        retry=None,
+        **connection.security_options(target),
+    )
 
 
 def _flags(settings: Mapping[str, Any]) -> list[str]:

@@ -17,7 +17,8 @@ HELP = """Start the gRPC server.
 
 It loads the model, warms it up, and then takes requests: its gRPC health says SERVING. \
 SIGTERM or Ctrl-C drains: new requests are refused, running ones finish within the grace period, \
-and the exit code is 0.
+and the exit code is 0. With --reuse-port another server on the port takes over and nothing is \
+refused. Exit code 6: the engine hung or failed for good; start it again.
 
 Every setting below can also come from the environment (GPTJET_PORT for --port) or from a TOML \
 file (port = 50051). A flag wins over the environment, that over the file, that over the default.
@@ -29,6 +30,7 @@ $ gptjet serve
 $ gptjet serve --model EleutherAI/gpt-j-6b --port 50051
 $ gptjet serve --model ./checkpoint --device cuda --dtype float16 --host 0.0.0.0
 $ gptjet serve --tls-cert server.pem --tls-key server.key --log-format json
+$ gptjet serve --governance-policy policy.toml --governance-dir /var/lib/gptjet/governance
 $ gptjet serve --port 50052 --print-config > gptjet.toml && gptjet serve --config gptjet.toml
 """
 
@@ -73,21 +75,23 @@ def _run(config: ServerConfig) -> int:
         except BackendLoadError as error:
             fail(str(error), ExitCode.USAGE)
     # Here, not above: it brings grpc and torch, and `--help` needs neither.
-    from gptjet.service.rpc import server
+    from gptjet.service.rpc import process
 
-    return server.run(config, loader=load_model)
+    return process.run(config, loader=load_model)
 
 
 def _as_json(config: ServerConfig, where: dict[str, str]) -> str:
     values = config.model_dump(mode="json")
-    settings = {name: {"value": value, "source": where[name]} for name, value in values.items()}
+    settings = {name: {"value": values[name], "source": where[name]} for name in where}
     return json.dumps(settings, indent=2)
 
 
 def _as_toml(config: ServerConfig, where: dict[str, str]) -> str:
     """A file that `--config` takes. TOML has no null: what is unset stands in a comment."""
     lines = []
-    for name, value in config.model_dump(mode="json").items():
+    values = config.model_dump(mode="json")
+    for name in where:
+        value = values[name]
         # JSON's strings, numbers and booleans are TOML's.
         line = f"# {name} is unset" if value is None else f"{name} = {json.dumps(value)}"
         lines.append(f"{line:<40}  # {where[name]}")

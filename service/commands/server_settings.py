@@ -24,7 +24,7 @@ from gptjet.service.config import (
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
 
-# The help panels, in the order of the fields. A setting that is not named here is in the last one.
+# The help panels, in their order. A setting that is not named here is in the last one.
 _PANELS = {
     "Model": (
         "model",
@@ -46,6 +46,11 @@ _PANELS = {
         "max_n",
         "prefix_cache",
         "max_prefill_tokens",
+        "max_queue_time_s",
+        "max_tokens_in_flight",
+        "max_concurrent_rpcs",
+        "max_unread_tokens",
+        "slow_reader_timeout_s",
     ),
     "Network": (
         "host",
@@ -55,11 +60,38 @@ _PANELS = {
         "keepalive_time_s",
         "keepalive_timeout_s",
         "min_ping_interval_s",
+        "max_connections",
+        "max_concurrent_streams",
+        "handshake_timeout_s",
+        "max_connection_idle_s",
+        "max_connection_age_s",
+        "reuse_port",
         "reflection",
     ),
     "TLS": ("tls_cert", "tls_key", "tls_client_ca"),
+    "Observability": ("metrics_port", "metrics_host", "otlp_endpoint", "trace_sample_ratio"),
+    "Access": (
+        "tokens_file",
+        "open_health",
+        "token_requests_per_minute",
+        "token_tokens_per_minute",
+        "token_concurrent_streams",
+        "access_reload_s",
+    ),
+    "Administration": ("admin_port", "admin_host", "admin_socket"),
+    "Governance": (
+        "governance_policy",
+        "governance_dir",
+        "governance_fail_open",
+        "governance_timeout_s",
+        "governance_excerpts",
+        "governance_audit_max_bytes",
+        "governance_audit_files",
+        "governance_audit_fsync",
+    ),
 }
 _LAST_PANEL = "Operation"
+
 
 # What loading a model needs, for commands that do it without a server.
 MODEL_SETTINGS = _PANELS["Model"]
@@ -73,7 +105,7 @@ def with_server_settings(
     The command takes them as one parameter `settings: dict[str, Any]`, holding those that were
     given, ready for `load_config(**settings)`. `panel` overrides the help panel.
     """
-    chosen = names or tuple(ServerConfig.model_fields)
+    chosen = names or setting_names()
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
         signature = inspect.signature(function, eval_str=True)
@@ -112,7 +144,13 @@ def sources(config_file: Path | None, settings: Mapping[str, Any]) -> dict[str, 
             return variable
         return str(file) if name in in_file else "default"
 
-    return {name: source(name) for name in ServerConfig.model_fields}
+    return {name: source(name) for name in setting_names()}
+
+
+def setting_names() -> tuple[str, ...]:
+    """Every setting, in the order of the help panels."""
+    order = [*_PANELS, _LAST_PANEL]
+    return tuple(sorted(ServerConfig.model_fields, key=lambda name: order.index(_panel_of(name))))
 
 
 def flag_name(setting: str) -> str:

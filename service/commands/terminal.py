@@ -19,6 +19,7 @@ class ExitCode(enum.IntEnum):
     UNREACHABLE = 3
     REFUSED = 4
     TIMEOUT = 5
+    ENGINE = 6
     INTERRUPTED = 130
 
 
@@ -29,6 +30,7 @@ EXIT_CODE_MEANINGS = {
     ExitCode.UNREACHABLE: "no server answers at that address",
     ExitCode.REFUSED: "the server is loading, draining or full, or does not let you in",
     ExitCode.TIMEOUT: "--timeout passed",
+    ExitCode.ENGINE: "the server's engine has hung or failed for good: start it again",
     ExitCode.INTERRUPTED: "interrupted (Ctrl-C)",
 }
 

@@ -6,96 +6,78 @@ import asyncio
 import logging
 import queue
 import threading
-from collections import deque
+import uuid
 from typing import TYPE_CHECKING
 
-from gptjet.service.engine.endings import refusal, refused_score
+from gptjet.service.engine.admission import Admission, tokens_of, tokens_of_score
+from gptjet.service.engine.endings import ended, refusal, refused_score
 from gptjet.service.engine.engine import Engine
-from gptjet.service.engine.errors import EngineUnavailableError, QueueFullError
+from gptjet.service.engine.errors import (
+    EngineError,
+    EngineStepError,
+    EngineUnavailableError,
+    QueueTimeError,
+)
+from gptjet.service.engine.observer import RequestWatch
 from gptjet.service.engine.request import FinishReason, Request, RequestOutput
+from gptjet.service.engine.request_stream import RequestStream
+from gptjet.service.engine.score import ScoreOutcome
 from gptjet.service.engine.score_call import ScoreCall
+from gptjet.service.engine.watchdog import Watchdog
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
+    from collections.abc import Callable
 
     from gptjet.service.engine.backend import Backend, BackendSpec
     from gptjet.service.engine.config import EngineConfig
-    from gptjet.service.engine.score import ScoreOutcome, ScoreRequest
+    from gptjet.service.engine.observer import RequestObserver, StepObserver
+    from gptjet.service.engine.score import ScoreRequest
     from gptjet.service.engine.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
-_QUEUE_FULL_RETRY_S = 1.0
+_QUEUE_TIME_RETRY_S = 1.0
 
 
-class RequestStream:
-    """The outputs of one request, as they come. Iterate it once; `aclose` or `cancel` to leave.
-
-    It belongs to the event loop that submitted the request.
-    """
-
-    def __init__(self, request: Request, on_cancel: Callable[[RequestStream, FinishReason], None]):
-        self.request = request
-        self._on_cancel = on_cancel
-        self._outputs: deque[RequestOutput] = deque()
-        self._arrived = asyncio.Event()
-        self._ended = False
-        self._closed = False
-
-    def __aiter__(self) -> AsyncIterator[RequestOutput]:
-        return self
-
-    async def __anext__(self) -> RequestOutput:
-        while not self._outputs:
-            if self._ended or self._closed:
-                raise StopAsyncIteration
-            self._arrived.clear()
-            await self._arrived.wait()
-        return self._outputs.popleft()
-
-    def cancel(self, reason: FinishReason = FinishReason.CANCELLED) -> None:
-        """Stop the request within one step; the stream still delivers its summary."""
-        if not self._ended:
-            self._on_cancel(self, reason)
-
-    async def aclose(self) -> None:
-        """Leave: cancel if unfinished, and drop what has not been read; the iteration ends."""
-        self.cancel()
-        self._closed = True
-        self._outputs.clear()
-        self._arrived.set()
-
-    def deliver(self, output: RequestOutput) -> None:
-        """For the engine: append an output, and end the stream with the one that has a summary."""
-        if not self._closed:  # else what comes late would follow a gap
-            self._outputs.append(output)
-        self._ended = self._ended or output.summary is not None
-        self._arrived.set()
+class _TooManyFailedStepsError(Exception):
+    """As many steps in a row have failed as a device that works would never let fail."""
 
 
 class AsyncEngine:
     """Runs an Engine in one thread and hands its outputs to the event loop that started it.
 
-    Every method is for that event loop's thread. The queue is bounded: at most
-    `config.max_queue_size` requests wait, counted from `submit` to their first step or their end.
+    Every method is for that event loop's thread. The queue is bounded, see Admission, counted from
+    `submit` to a request's first step or its end.
+
+    The engine has failed for good when its thread has ended by itself, when a step does not end
+    within `config.step_timeout_s`, or when `config.max_failed_steps` in a row raise. Then every
+    caller is told, `failed` is set, `failure` says why, and nothing new is taken.
     """
 
     def __init__(
-        self, backend: Backend, tokenizer: Tokenizer, config: EngineConfig | None = None
+        self,
+        backend: Backend,
+        tokenizer: Tokenizer,
+        config: EngineConfig | None = None,
+        *,
+        step_observer: StepObserver | None = None,
+        request_observers: tuple[RequestObserver, ...] = (),
     ) -> None:
-        self._engine = Engine(backend, tokenizer, config)
+        self._engine = Engine(backend, tokenizer, config, step_observer)
+        self._watch = RequestWatch(request_observers)
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._streams: set[RequestStream | ScoreCall] = set()
-        self._not_started: set[RequestStream | ScoreCall] = set()
+        self._admission: Admission[RequestStream | ScoreCall]
+        self._admission = Admission(self._engine.config, self._give_up)
+        self._watchdog = Watchdog(self._engine.config.step_timeout_s, self._on_hung)
+        self.failed = asyncio.Event()
+        self.failure: str | None = None
         # These three belong to the engine thread.
         self._score_key_of: dict[ScoreCall, int] = {}
         self._stream_of: dict[int, RequestStream] = {}
         self._key_of: dict[RequestStream, int] = {}
         self._refusal: str | None = "the engine has not been started"
-        self._idle = asyncio.Event()
-        self._idle.set()
 
     @property
     def spec(self) -> BackendSpec:
@@ -115,12 +97,12 @@ class AsyncEngine:
     @property
     def num_waiting(self) -> int:
         """Requests submitted of which nothing has run yet."""
-        return len(self._not_started)
+        return self._admission.num_waiting
 
     @property
     def num_running(self) -> int:
         """Requests of which at least one step has run."""
-        return len(self._streams) - len(self._not_started)
+        return self._admission.num_running
 
     @property
     def engine(self) -> Engine:
@@ -141,28 +123,32 @@ class AsyncEngine:
         )
         self._thread.start()
         await warmed_up
+        self._watchdog.start()
         self._refusal = None
 
     def submit(self, request: Request) -> RequestStream:
         """Queue a request and return the stream of its outputs.
 
         Raises EngineUnavailableError before `start` and from `drain` on, InvalidRequestError if
-        the request can never be served, QueueFullError at the queue's bound.
+        the request can never be served, QueueFullError and TokensInFlightError at those bounds. Its
+        stream ends with QueueTimeError if it waits too long.
         """
         self._refuse_if_unavailable()
         self._engine.validate(request)
-        self._refuse_if_full()
+        num_tokens = tokens_of(request)
+        self._admission.check(num_tokens)
         stream = RequestStream(request, self._cancel)
-        self._enqueue(stream, lambda: self._add(stream))
+        self._enqueue(stream, num_tokens, lambda: self._add(stream))
         return stream
 
     def submit_score(self, request: ScoreRequest) -> ScoreCall:
         """Queue a score request, in the same queue; raises what `submit` raises."""
         self._refuse_if_unavailable()
         self._engine.scorer.validate(request)
-        self._refuse_if_full()
+        num_tokens = tokens_of_score(request)
+        self._admission.check(num_tokens)
         call = ScoreCall(request, self._cancel_score)
-        self._enqueue(call, lambda: self._add_score(call))
+        self._enqueue(call, num_tokens, lambda: self._add_score(call))
         return call
 
     async def drain(self, grace_s: float) -> bool:
@@ -171,26 +157,32 @@ class AsyncEngine:
         Returns True if all of it finished; else the rest is cancelled and False is returned once
         it has left the engine.
         """
-        self._refusal = "the server is draining: it takes no new requests"
-        if self._idle.is_set():
+        self._refusal = self.failure or "the server is draining: it takes no new requests"
+        idle = self._admission.idle
+        if idle.is_set():
             return True
         try:
-            await asyncio.wait_for(self._idle.wait(), grace_s)
+            await asyncio.wait_for(idle.wait(), grace_s)
         except TimeoutError:
-            for stream in list(self._streams):
-                stream.cancel()
-            await self._idle.wait()
+            for submitted in self._admission.all:
+                submitted.cancel()
+            await idle.wait()
             return False
         return True
 
     async def stop(self) -> None:
-        """Cancel what is left, end the thread and close the backend. Safe to call again."""
+        """Cancel what is left, end the thread and close the backend. Safe to call again.
+
+        The thread of an engine that has failed is left alone: it may never end.
+        """
         await self.drain(0.0)
-        self._refusal = "the engine has stopped"
+        self._refusal = self.failure or "the engine has stopped"
+        self._watchdog.stop()
         thread, self._thread = self._thread, None
         if thread is not None:
             self._inbox.put(None)
-            await asyncio.to_thread(thread.join)
+            if self.failure is None:
+                await asyncio.to_thread(thread.join)
 
     # --- event loop side ---
 
@@ -198,37 +190,55 @@ class AsyncEngine:
         if self._refusal is not None:
             raise EngineUnavailableError(self._refusal)
 
-    def _refuse_if_full(self) -> None:
-        if len(self._not_started) >= self.config.max_queue_size:
-            raise QueueFullError(self.config.max_queue_size, _QUEUE_FULL_RETRY_S)
-
-    def _enqueue(self, submitted: RequestStream | ScoreCall, command: Callable[[], None]) -> None:
-        self._streams.add(submitted)
-        self._not_started.add(submitted)
-        self._idle.clear()
+    def _enqueue(
+        self, submitted: RequestStream | ScoreCall, num_tokens: int, command: Callable[[], None]
+    ) -> None:
+        self._admission.add(submitted, num_tokens)
         self._inbox.put(command)
+
+    def _give_up(self, submitted: RequestStream | ScoreCall) -> None:
+        self._inbox.put(lambda: self._give_up_in_thread(submitted))
 
     def _cancel_score(self, call: ScoreCall, reason: FinishReason) -> None:
         self._inbox.put(lambda: self._cancel_score_in_thread(call, reason))
 
     def _end_score(self, call: ScoreCall, outcome: ScoreOutcome) -> None:
-        self._not_started.discard(call)
-        self._streams.discard(call)
+        self._watch.score_ended(call.request, outcome)
         call.deliver(outcome)
-        if not self._streams:
-            self._idle.set()
+        self._admission.end(call)
 
     def _cancel(self, stream: RequestStream, reason: FinishReason) -> None:
         self._inbox.put(lambda: self._cancel_in_thread(stream, reason))
 
     def _deliver(self, outputs: list[tuple[RequestStream, RequestOutput]]) -> None:
         for stream, output in outputs:
-            self._not_started.discard(stream)
+            self._admission.start(stream)
             if output.summary is not None:
-                self._streams.discard(stream)
+                self._watch.request_ended(stream.request, output.summary)
             stream.deliver(output)
-        if not self._streams:
-            self._idle.set()
+            if output.summary is not None:
+                self._admission.end(stream)
+
+    def _fail(self, error_id: str, reason: str) -> None:
+        """The engine has failed for good: nobody may be left waiting for it."""
+        if self.failure is not None:
+            return
+        self.failure = self._refusal = f"{reason} (error id {error_id})"
+        for submitted in self._admission.all:
+            error: EngineError = EngineStepError(error_id, reason)
+            if self._admission.is_waiting(submitted):  # so it may be tried elsewhere
+                error = EngineUnavailableError(self.failure)
+            if isinstance(submitted, RequestStream):
+                output = ended(submitted.request, error)
+                if output.summary is not None:
+                    self._watch.request_ended(submitted.request, output.summary)
+                submitted.deliver(output)
+            else:
+                outcome = ScoreOutcome(finish_reason=FinishReason.ERROR, error=error)
+                self._watch.score_ended(submitted.request, outcome)
+                submitted.deliver(outcome)
+            self._admission.end(submitted)
+        self.failed.set()
 
     # --- engine thread side ---
 
@@ -251,9 +261,31 @@ class AsyncEngine:
             loop.call_soon_threadsafe(tell, error)
             return
         loop.call_soon_threadsafe(tell, None)
-        while self._take_commands():
-            self._publish(self._step())
+        try:
+            while self._take_commands():
+                self._watchdog.begin()
+                self._publish(self._step())
+                self._watchdog.end()
+                self._check_health()
+        except BaseException as error:  # noqa: BLE001 - whatever ends this thread, SystemExit too
+            self._on_dead(error)
         self._engine.backend.close()
+
+    def _on_dead(self, error: BaseException) -> None:
+        self._watchdog.stop()
+        error_id = uuid.uuid4().hex[:12]
+        logger.critical("the engine has failed, error id %s", error_id, exc_info=error)
+        reason = "the engine's thread has ended"
+        if isinstance(error, _TooManyFailedStepsError):
+            reason = str(error)
+        self._tell_loop(self._fail, error_id, reason)
+
+    def _on_hung(self, stack: str) -> None:
+        """For the watchdog's thread."""
+        error_id = uuid.uuid4().hex[:12]
+        reason = f"a step did not end in {self.config.step_timeout_s:g} s (step_timeout_s)"
+        logger.critical("the engine hangs, error id %s: %s; it is at\n%s", error_id, reason, stack)
+        self._tell_loop(self._fail, error_id, reason)
 
     def _take_commands(self) -> bool:
         """Run what the event loop asked for, blocking while there is no work; False: stop."""
@@ -273,6 +305,13 @@ class AsyncEngine:
             # Not a backend's error, those are caught inside: a bug of ours. Nobody may be left
             # waiting for it, so everything in flight is failed by name.
             return self._engine.fail(None, error)
+
+    def _check_health(self) -> None:
+        failed = self._engine.guard.num_failed_steps
+        if failed >= self.config.max_failed_steps:
+            raise _TooManyFailedStepsError(
+                f"{failed} steps in a row have failed (max_failed_steps)"
+            )
 
     def _publish(self, outputs: list[tuple[int, RequestOutput]]) -> None:
         if not outputs:
@@ -309,10 +348,10 @@ class AsyncEngine:
 
         try:
             key = self._engine.add_score_unchecked(
-                call.request, lambda: self._tell_loop(self._not_started.discard, call), end
+                call.request, lambda: self._tell_loop(self._admission.start, call), end
             )
         except Exception as error:  # noqa: BLE001 - logged by refused_score, told to the caller
-            end(refused_score(error))
+            end(refused_score(call.request, error))
             return
         self._score_key_of[call] = key
 
@@ -326,9 +365,19 @@ class AsyncEngine:
         try:
             self._loop.call_soon_threadsafe(function, *arguments)
         except RuntimeError:
-            logger.warning("the event loop has closed: the end of a score request is dropped")
+            logger.warning("the event loop has closed: a caller is not told how its request ends")
 
     def _cancel_in_thread(self, stream: RequestStream, reason: FinishReason) -> None:
         key = self._key_of.get(stream)
         if key is not None:
             self._publish(self._engine.cancel(key, reason))
+
+    def _give_up_in_thread(self, submitted: RequestStream | ScoreCall) -> None:
+        if isinstance(submitted, RequestStream):
+            key = self._key_of.get(submitted)
+        else:
+            key = self._score_key_of.get(submitted)
+        # It may have begun meanwhile.
+        if key is not None and self._engine.is_waiting(key):
+            error = QueueTimeError(self.config.max_queue_time_s, _QUEUE_TIME_RETRY_S)
+            self._publish(self._engine.cancel(key, FinishReason.ERROR, error))

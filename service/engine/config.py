@@ -29,3 +29,18 @@ class EngineConfig(BaseModel):
         description="prompt tokens computed between two tokens of the running streams (unset, or "
         "above it: the backend's own limit)",
     )
+    max_queue_time_s: float = Field(
+        default=300.0, ge=0.01, le=86_400.0, description="longest wait for the first step"
+    )
+    max_tokens_in_flight: int = Field(
+        default=1_048_576,
+        ge=1,
+        le=2**40,
+        description="tokens, prompts and outputs, that the accepted requests may become together",
+    )
+    step_timeout_s: float = Field(
+        default=600.0, ge=0.01, le=86_400.0, description="longest step of a backend that works"
+    )
+    max_failed_steps: int = Field(
+        default=16, ge=1, le=1_000_000, description="steps in a row that may fail"
+    )

@@ -7,7 +7,8 @@ import time
 import uuid
 from typing import TYPE_CHECKING
 
-from gptjet.service.engine.errors import EngineError, EngineStepError
+from gptjet.service.engine.errors import EngineError, EngineStepError, OutOfMemoryError
+from gptjet.service.engine.faults import is_out_of_memory
 from gptjet.service.engine.request import (
     FinishReason,
     Request,
@@ -17,7 +18,7 @@ from gptjet.service.engine.request import (
     Speculation,
     Timings,
 )
-from gptjet.service.engine.score import ScoreOutcome
+from gptjet.service.engine.score import ScoreOutcome, ScoreRequest
 
 if TYPE_CHECKING:
     from collections.abc import Sequence as Seq
@@ -84,11 +85,17 @@ def summarize(request: Request, sequences: Seq[Sequence], *, can_verify: bool) -
 
 def refusal(request: Request, error: Exception) -> RequestOutput:
     """The one output of a request that failed before it was queued; logs the error."""
+    ids = (request.request_id,) * request.sampling_params.n
+    return ended(request, log_failure(error, ids))
+
+
+def ended(request: Request, error: EngineError) -> RequestOutput:
+    """The last output of a request that no engine can say more of."""
     sequence = SequenceSummary(index=0, finish_reason=FinishReason.ERROR, completion_tokens=0)
     return RequestOutput(
         request_id=request.request_id,
         finish_reason=FinishReason.ERROR,
-        error=log_failure(error, request.sampling_params.n),
+        error=error,
         summary=RequestSummary(
             request_id=request.request_id,
             prompt_tokens=len(request.prompt_token_ids),
@@ -100,19 +107,29 @@ def refusal(request: Request, error: Exception) -> RequestOutput:
     )
 
 
-def refused_score(error: Exception) -> ScoreOutcome:
+def refused_score(request: ScoreRequest, error: Exception) -> ScoreOutcome:
     """The outcome of a score request that failed before it was queued; logs the error."""
-    return ScoreOutcome(finish_reason=FinishReason.ERROR, error=log_failure(error, 1))
+    told = log_failure(error, (request.request_id,))
+    return ScoreOutcome(finish_reason=FinishReason.ERROR, error=told)
 
 
-def log_failure(error: Exception, num_sequences: int) -> EngineStepError:
-    """Log an error with its traceback; what a caller may know of it, with the id of the entry."""
+def log_failure(error: Exception, request_ids: Seq[str]) -> EngineStepError:
+    """Log an error with its traceback; what a caller may know of it, with the id of the entry.
+
+    request_ids  of the sequences that it ends, one for each
+    """
     error_id = uuid.uuid4().hex[:12]
     logger.error(
-        "engine step failed, error id %s, %d sequences", error_id, num_sequences, exc_info=error
+        "engine step failed, error id %s, %d sequences",
+        error_id,
+        len(request_ids),
+        exc_info=error,
+        extra={"error_id": error_id, "request_ids": list(dict.fromkeys(request_ids))},
     )
     # A foreign exception's message stays in the log: it may hold what no caller should see.
     detail = str(error) if isinstance(error, EngineError) else type(error).__name__
+    if is_out_of_memory(error):
+        return OutOfMemoryError(error_id, detail)
     return EngineStepError(error_id, detail)
 
 

@@ -9,15 +9,18 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from gptjet.service.engine.backend import Backend, ScheduledBatch
+from gptjet.service.engine.backend import Backend
 from gptjet.service.engine.config import EngineConfig
 from gptjet.service.engine.detokenizer import Detokenizer
 from gptjet.service.engine.endings import log_failure, rest_of, summarize
 from gptjet.service.engine.errors import (
+    EngineError,
     FieldViolation,
     InvalidRequestError,
     QueueFullError,
 )
+from gptjet.service.engine.faults import StepGuard
+from gptjet.service.engine.observer import StepWatch
 from gptjet.service.engine.request import (
     FinishReason,
     Request,
@@ -35,6 +38,7 @@ from gptjet.service.engine.steps import Outputs, Steps
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from gptjet.service.engine.observer import StepObserver
     from gptjet.service.engine.score import ScoreRequest
     from gptjet.service.engine.tokenizer import Tokenizer
 
@@ -68,7 +72,11 @@ class Engine:
     """
 
     def __init__(
-        self, backend: Backend, tokenizer: Tokenizer, config: EngineConfig | None = None
+        self,
+        backend: Backend,
+        tokenizer: Tokenizer,
+        config: EngineConfig | None = None,
+        observer: StepObserver | None = None,
     ) -> None:
         self.backend = backend
         self.spec = backend.spec
@@ -83,22 +91,23 @@ class Engine:
         self._can_verify = self.spec.paged and self.spec.max_draft_tokens > 0
         self.sampler = Sampler(self.spec.vocab_size, self.spec.eos_token_ids)
         self.scorer = Scorer(backend, self.scheduler, log_failure)
+        self.guard = StepGuard(backend, self.scheduler, self.fail)
         self._steps = Steps(
             backend,
             self.scheduler,
             self.sampler,
             is_urgent=lambda: self.scorer.has_work,
-            attempt=self._attempt,
+            attempt=self.guard.run,
             report=self._report,
             echo=self._echo,
             fail=self.fail,
         )
-        self._compute = self._steps.compute
         self._requests: dict[int, _RequestState] = {}
         self._request_of: dict[int, _RequestState] = {}  # by sequence_id
         self._deadlines: list[tuple[int, int]] = []  # heap of (deadline_ns, key)
         self._keys = itertools.count()
         self._sequence_ids = itertools.count()
+        self._watch = None if observer is None else StepWatch(observer)
 
     @property
     def has_work(self) -> bool:
@@ -192,55 +201,75 @@ class Engine:
         self._watch_deadline(key, request.deadline_ns)
         return key
 
-    def cancel(self, key: int, reason: FinishReason = FinishReason.CANCELLED) -> Outputs:
-        """Stop a request now and free what it holds. An unknown or finished key is fine."""
-        self.scorer.cancel(key, reason)
+    def cancel(
+        self,
+        key: int,
+        reason: FinishReason = FinishReason.CANCELLED,
+        error: EngineError | None = None,
+    ) -> Outputs:
+        """Stop a request now and free what it holds. An unknown or finished key is fine.
+
+        error  what its caller is told, with FinishReason.ERROR
+        """
+        self.scorer.cancel(key, reason, error)
         state = self._requests.get(key)
-        return [] if state is None else self._abort(state.sequences, reason)
+        return [] if state is None else self._abort(state.sequences, reason, error)
+
+    def is_waiting(self, key: int) -> bool:
+        """Whether a request is queued and nothing of it has run yet."""
+        state = self._requests.get(key)
+        return self.scorer.is_waiting(key) if state is None else not state.started
 
     def step(self) -> Outputs:
         """Advance one batch, or one piece of a score request.
 
         Never raises for what a request or a backend does wrong.
         """
+        if self._watch is None:
+            return self._advance()
+        self._watch.begin()
+        outputs = self._advance()
+        self._watch.end()
+        return outputs
+
+    def _advance(self) -> Outputs:
         outputs = self._expire_deadlines()
         launched = self._steps.in_flight
         if launched is not None:
             self.scorer.note_step(launched.phase)
-            self._attempt(launched, self._steps.go_on, outputs)
+            if self._watch is not None:
+                self._watch.note_batch(launched)
+            self.guard.run(launched, self._steps.go_on, outputs)
             return outputs
-        if self.scorer.is_due() and self.scorer.run_piece():
+        if self.scorer.is_due() and self._run_score_piece():
             self.scheduler.require_decode()
             return outputs
         batch = self.scheduler.schedule()
         if batch is None:
-            self.scorer.run_piece()
+            self._run_score_piece()
             return outputs
         self.scorer.note_step(batch.phase)
+        if self._watch is not None:
+            self._watch.note_batch(batch)
         now_ns = time.monotonic_ns()
         for sequence in batch.sequences:
             sequence.first_step_ns = sequence.first_step_ns or now_ns
-        self._attempt(batch, self._compute, outputs)
+        self.guard.run(batch, self._steps.compute, outputs)
         return outputs
-
-    def _attempt(
-        self,
-        batch: ScheduledBatch,
-        compute: Callable[[ScheduledBatch, Outputs], None],
-        outputs: Outputs,
-    ) -> None:
-        try:
-            compute(batch, outputs)
-        except Exception as error:  # noqa: BLE001 - whatever a backend raises concerns the
-            # sequences of this step and nobody else; `fail` logs it with its traceback.
-            outputs += self.fail(batch.sequences, error)
 
     def fail(self, sequences: tuple[Sequence, ...] | None, error: Exception) -> Outputs:
         """End `sequences` (None: every one) with ERROR; the log has the traceback and the id."""
         if sequences is None:
             self.scorer.fail_all(error)
             sequences = tuple(s for state in self._requests.values() for s in state.sequences)
-        return self._abort(sequences, FinishReason.ERROR, log_failure(error, len(sequences)))
+        told = log_failure(error, [sequence.request.request_id for sequence in sequences])
+        return self._abort(sequences, FinishReason.ERROR, told)
+
+    def _run_score_piece(self) -> bool:
+        ran = self.scorer.run_piece()
+        if ran and self._watch is not None:
+            self._watch.note_score()
+        return ran
 
     def _echo(self, sequence: Sequence) -> tuple[int, RequestOutput]:
         request = sequence.request
@@ -265,8 +294,11 @@ class Engine:
         """Make the output of a sequence, and close the sequence if it has a finish reason."""
         state = self._request_of[sequence.sequence_id]
         if token_ids:
-            sequence.last_token_ns = time.monotonic_ns()
-            sequence.first_token_ns = sequence.first_token_ns or sequence.last_token_ns
+            now_ns = time.monotonic_ns()
+            if self._watch is not None:
+                self._watch.note_tokens(sequence, len(token_ids), now_ns)
+            sequence.last_token_ns = now_ns
+            sequence.first_token_ns = sequence.first_token_ns or now_ns
         summary = None
         if sequence.finish_reason is not None:
             self._close(state, sequence)

@@ -63,6 +63,46 @@ class EngineStepError(EngineError):
         self.error_id = error_id
 
 
+class OutOfMemoryError(EngineStepError):
+    """What the request needed at once did not fit the device's memory, even computed alone."""
+
+    def __init__(self, error_id: str, detail: str) -> None:
+        super().__init__(error_id, detail)
+        self.args = (
+            f"the device ran out of memory for this request (error id {error_id}): {detail}; "
+            "a shorter prompt or fewer sequences may fit",
+        )
+
+
+class QueueTimeError(EngineError):
+    """The request waited longer than a caller can be kept waiting; nothing of it has run."""
+
+    def __init__(self, max_queue_time_s: float, retry_after_s: float) -> None:
+        super().__init__(
+            f"the request waited {max_queue_time_s:g} s without its turn (max_queue_time_s); "
+            f"try again in {retry_after_s:.1f} s"
+        )
+        self.retry_after_s = retry_after_s
+
+
+class TokensInFlightError(EngineError):
+    """What is queued and running may become more tokens than the server takes on at once."""
+
+    def __init__(self, wanted: int, in_flight: int, limit: int, retry_after_s: float) -> None:
+        super().__init__(
+            f"the request may become {wanted} tokens and {in_flight} are in flight, of "
+            f"{limit} (max_tokens_in_flight); try again in {retry_after_s:.1f} s"
+        )
+        self.retry_after_s = retry_after_s
+
+
+class SlowReaderError(EngineError):
+    """The caller does not read its stream; `limit` says which bound that passed."""
+
+    def __init__(self, limit: str) -> None:
+        super().__init__(f"the caller does not read its stream: {limit}")
+
+
 class BackendLoadError(EngineError):
     """The model, the machine or a setting does not allow this backend; the message is one line
     for a person and `serve` exits with code 2 on it."""

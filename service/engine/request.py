@@ -149,7 +149,8 @@ class SamplingParams:
 class Request:
     """One accepted call: a prompt and how to continue it.
 
-    `sampling_params.seed` is always set here. Times are `time.monotonic_ns()`.
+    `sampling_params.seed` is always set here. Times are `time.monotonic_ns()`. `trace` is a
+    RequestObserver's; the engine never looks at it.
     """
 
     request_id: str
@@ -157,6 +158,7 @@ class Request:
     sampling_params: SamplingParams
     arrival_ns: int
     deadline_ns: int | None = None
+    trace: object = field(default=None, compare=False, repr=False)
 
     @property
     def seed(self) -> int:
@@ -178,6 +180,7 @@ def new_request(
     request_id: str = "",
     arrival_ns: int | None = None,
     deadline_ns: int | None = None,
+    trace: object = None,
 ) -> Request:
     """Build a Request, drawing the id, the seed and the arrival time where they are not given."""
     params = sampling_params or SamplingParams()
@@ -189,6 +192,7 @@ def new_request(
         sampling_params=params,
         arrival_ns=time.monotonic_ns() if arrival_ns is None else arrival_ns,
         deadline_ns=deadline_ns,
+        trace=trace,
     )
 
 

@@ -52,8 +52,10 @@ class Scheduler:
         self.waiting: deque[Sequence] = deque()
         self.prefilling: list[Sequence] = []
         self.running: deque[Sequence] = deque()
+        self.num_preemptions = 0
         self._spec = spec
-        self._max_sequences = min(max_sequences, spec.max_sequences)
+        self._most_sequences = min(max_sequences, spec.max_sequences)
+        self._max_sequences = self._most_sequences
         # Tokens of a chunk; None: whole prompts only.
         self.max_prefill_tokens = spec.max_prefill_tokens if spec.paged else None
         if self.max_prefill_tokens is not None and max_prefill_tokens is not None:
@@ -152,6 +154,27 @@ class Scheduler:
         sequence.status = SequenceStatus.FINISHED
         self.block_manager.free(sequence.sequence_id, forget=forget)
         sequence.block_table = []
+        if self._max_sequences < self._most_sequences:
+            self._max_sequences += 1  # `hold_at_most` is undone one by one
+
+    def hold_at_most(self, num_sequences: int) -> None:
+        """Admit no sequence beyond so many, since memory does not last for more.
+
+        Every sequence that finishes raises it by one again, up to what the settings allow.
+        """
+        self._max_sequences = max(1, num_sequences)
+
+    def preempt(self, sequence: Sequence) -> None:
+        """Take the memory of an admitted sequence; it waits first in line to be computed again."""
+        self.num_preemptions += 1
+        self._queue_of(sequence).remove(sequence)
+        self.block_manager.free(sequence.sequence_id)
+        sequence.block_table = []
+        sequence.num_computed_tokens = 0
+        sequence.draft_token_ids = ()
+        sequence.prompt_logprobs = []
+        sequence.status = SequenceStatus.WAITING
+        self.waiting.appendleft(sequence)
 
     # --- score jobs ---
 
@@ -339,18 +362,8 @@ class Scheduler:
                 if sequence.draft_token_ids:
                     sequence.draft_token_ids = ()  # a guess is not worth another's blocks
                 else:
-                    self._preempt(max((*self.running, *self.prefilling), key=_arrival))
+                    self.preempt(max((*self.running, *self.prefilling), key=_arrival))
         return copies
-
-    def _preempt(self, sequence: Sequence) -> None:
-        self._queue_of(sequence).remove(sequence)
-        self.block_manager.free(sequence.sequence_id)
-        sequence.block_table = []
-        sequence.num_computed_tokens = 0
-        sequence.draft_token_ids = ()
-        sequence.prompt_logprobs = []
-        sequence.status = SequenceStatus.WAITING
-        self.waiting.appendleft(sequence)
 
     # --- both ---
 

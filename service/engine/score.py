@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from gptjet.service.engine.errors import FieldViolation, InvalidRequestError
 from gptjet.service.engine.request import (
@@ -24,7 +24,7 @@ MAX_CANDIDATE_TOKENS = 32_768
 class ScoreRequest:
     """One accepted Score call; the wire message of the same name says what each field is.
 
-    Times are `time.monotonic_ns()`.
+    Times are `time.monotonic_ns()`. `trace` is a RequestObserver's, as in Request.
     """
 
     request_id: str
@@ -33,6 +33,7 @@ class ScoreRequest:
     calibration_token_ids: tuple[int, ...] | None = None
     arrival_ns: int
     deadline_ns: int | None = None
+    trace: object = field(default=None, compare=False, repr=False)
 
     @property
     def prompts(self) -> tuple[tuple[int, ...], ...]:
@@ -55,6 +56,7 @@ def new_score_request(
     request_id: str = "",
     arrival_ns: int | None = None,
     deadline_ns: int | None = None,
+    trace: object = None,
 ) -> ScoreRequest:
     """Build a ScoreRequest, drawing the id and the arrival time where they are not given."""
     return ScoreRequest(
@@ -64,6 +66,7 @@ def new_score_request(
         calibration_token_ids=calibration_token_ids,
         arrival_ns=time.monotonic_ns() if arrival_ns is None else arrival_ns,
         deadline_ns=deadline_ns,
+        trace=trace,
     )
 
 

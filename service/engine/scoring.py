@@ -87,9 +87,9 @@ class Scorer:
         self,
         backend: Backend,
         scheduler: Scheduler,
-        fail: Callable[[Exception, int], EngineStepError],
+        fail: Callable[[Exception, Sequence[str]], EngineStepError],
     ) -> None:
-        """`fail` logs what went wrong for so many callers and makes the error they are told."""
+        """`fail` logs what went wrong for requests of these ids, and makes what they are told."""
         self._backend = backend
         self._spec: BackendSpec = backend.spec
         self._scheduler = scheduler
@@ -144,16 +144,21 @@ class Scorer:
         )
         self._states[key] = _ScoreState(key, request, on_start, on_end, jobs)
 
-    def cancel(self, key: int, reason: FinishReason) -> None:
+    def cancel(self, key: int, reason: FinishReason, error: EngineError | None = None) -> None:
         """End a request now and free what it holds. An unknown or finished key is fine."""
         state = self._states.get(key)
         if state is not None:
-            self._end(state, ScoreOutcome(finish_reason=reason))
+            self._end(state, ScoreOutcome(finish_reason=reason, error=error))
+
+    def is_waiting(self, key: int) -> bool:
+        """Whether a request is queued and nothing of it has run yet."""
+        state = self._states.get(key)
+        return state is not None and not state.first_piece_ns
 
     def fail_all(self, error: Exception) -> None:
         """End every request with ERROR."""
         if self._states:
-            told = self._fail(error, len(self._states))
+            told = self._fail(error, [s.request.request_id for s in self._states.values()])
             for state in list(self._states.values()):
                 self._end(state, ScoreOutcome(finish_reason=FinishReason.ERROR, error=told))
 
@@ -181,7 +186,7 @@ class Scorer:
             self._advance(state)
         except Exception as error:  # noqa: BLE001 - whatever a backend raises concerns this
             # request and nobody else; `fail` logs it with its traceback.
-            told = self._fail(error, 1)
+            told = self._fail(error, (state.request.request_id,))
             self._end(state, ScoreOutcome(finish_reason=FinishReason.ERROR, error=told))
         return True
 

@@ -6,7 +6,6 @@ a wrong checkpoint of any size is refused in a second and before a weight is rea
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,10 +22,10 @@ from transformers.models.auto.modeling_auto import (
 from gptjet.service.engine.errors import BackendLoadError
 from gptjet.service.models.checkpoint import Checkpoint, is_ignorable_buffer
 from gptjet.service.models.geometry import check_geometry
+from gptjet.service.models.messages import describe_mismatch, one_line
 from gptjet.service.models.quiet import quiet_transformers
 
 _FLOAT_DTYPES = frozenset({"F64", "F32", "F16", "BF16"})
-_NAMES_SHOWN = 3
 # What transformers raises for fields that are missing, of a wrong type or out of their range.
 _BAD_CONFIG = (
     OSError,
@@ -69,36 +68,6 @@ def verify_architecture(checkpoint: Checkpoint) -> Architecture:
         class_name=type(model).__name__,
         num_parameters=sum(p.numel() for p in model.parameters()),
     )
-
-
-def describe_mismatch(
-    where: str,
-    class_name: str,
-    *,
-    missing: Iterable[str] = (),
-    unexpected: Iterable[str] = (),
-    misshapen: Iterable[str] = (),
-) -> str | None:
-    """One line of what differs between a checkpoint and its model, or None where nothing does."""
-    parts = [
-        f"{kind} {', '.join(names[:_NAMES_SHOWN])}"
-        + (f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else "")
-        for kind, found in (
-            ("missing", missing),
-            ("misshapen", misshapen),
-            ("unexpected", unexpected),
-        )
-        if (names := sorted(found))
-    ]
-    if not parts:
-        return None
-    return f"{where}: the weights are not those of {class_name}: {'; '.join(parts)}"
-
-
-def one_line(error: BaseException, limit: int = 300) -> str:
-    """An exception's message without its line breaks, cut to `limit` characters."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
 def build_config(checkpoint: Checkpoint, *, allow_quantized: bool = False) -> Any:

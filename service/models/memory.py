@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 from pathlib import Path
 
@@ -22,6 +23,16 @@ def available_host_bytes(meminfo: Path = _MEMINFO, cgroup: Path = _CGROUP) -> in
         return available
     idle_page_cache = _field(cgroup / "memory.stat", "inactive_file") or 0
     return max(0, min(available, limit - used + idle_page_cache))
+
+
+def trim_heap() -> None:
+    """Give memory that was freed back to the system, where the C library can (glibc).
+
+    It keeps what a model's loading has freed, some tens of MiB, for allocations to come.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def format_bytes(count: float) -> str:

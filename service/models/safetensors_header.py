@@ -54,7 +54,12 @@ class TensorInfo:
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
-    """Tensors of the file by name, in the file's order. No tensor is read.
+    """Tensors of the file by name, in the file's order. Raises BackendLoadError: read_layout."""
+    return {name: info for name, (info, _) in read_layout(path).items()}
+
+
+def read_layout(path: Path) -> dict[str, tuple[TensorInfo, int]]:
+    """The same with the byte of the file at which each tensor begins. No tensor is read.
 
     Raises BackendLoadError in one line when the file cannot be opened, is cut short, is a Git LFS
     pointer, or its header is no header.
@@ -96,21 +101,21 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         raise BackendLoadError(
             f"{path} is corrupt: its header describes {expected} bytes, the file has {size}"
         )
-    return tensors
+    return {name: (info, 8 + header_bytes + begin) for name, (info, begin) in tensors.items()}
 
 
-def _parse(path: Path, raw: bytes) -> tuple[dict[str, TensorInfo], int]:
-    """The tensors and the bytes of data that the header describes."""
+def _parse(path: Path, raw: bytes) -> tuple[dict[str, tuple[TensorInfo, int]], int]:
+    """The tensors with where they begin in the data, and the bytes of data in all."""
     try:
         header: Any = json.loads(raw)
         if not isinstance(header, dict):
             raise ValueError("it is not a JSON object")
         header.pop("__metadata__", None)
-        tensors: dict[str, TensorInfo] = {}
+        tensors: dict[str, tuple[TensorInfo, int]] = {}
         spans: list[tuple[int, int]] = []
         for name, entry in header.items():
             info, span = _parse_entry(name, entry)
-            tensors[name] = info
+            tensors[name] = info, span[0]
             spans.append(span)
         end_of_last = 0
         for begin, end in sorted(spans):

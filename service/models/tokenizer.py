@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import threading
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,18 @@ _TOKENIZER_FILES = (
 )
 
 
+@dataclass(frozen=True, slots=True)
+class FastParts:
+    """All there is to a fast tokenizer: what TransformersTokenizer.from_parts makes it of again.
+
+    content  as in tokenizer.json, with the added tokens of the other files
+    """
+
+    content: str
+    vocab_size: int
+    eos_token_id: int | None
+
+
 class TransformersTokenizer:
     """Adapter of a tokenizer that `AutoTokenizer` loads.
 
@@ -39,18 +52,48 @@ class TransformersTokenizer:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self._slow = tokenizer
-        self._lock = threading.Lock()
-        backend = getattr(tokenizer, "backend_tokenizer", None)
-        self._fast: tokenizers.Tokenizer | None = copy.deepcopy(backend)
-        if self._fast is not None:
-            self._fast.no_truncation()
-            self._fast.no_padding()
-        self._vocab_size = 1 + max(tokenizer.get_vocab().values(), default=-1)
+        fast: tokenizers.Tokenizer | None = copy.deepcopy(
+            getattr(tokenizer, "backend_tokenizer", None)
+        )
         eos = tokenizer.eos_token_id
-        self._eos_token_id = eos if isinstance(eos, int) else None
-        byte_level = self._fast is not None and is_byte_level(self._fast)
-        self._bytes = _byte_table(self._fast) if byte_level and self._fast is not None else None
+        self._set(
+            fast,
+            None if fast is not None else tokenizer,
+            1 + max(tokenizer.get_vocab().values(), default=-1),
+            eos if isinstance(eos, int) else None,
+        )
+
+    @classmethod
+    def from_parts(cls, parts: FastParts) -> TransformersTokenizer:
+        """What `parts` was taken of, without transformers."""
+        from tokenizers import Tokenizer
+
+        made = cls.__new__(cls)
+        made._set(Tokenizer.from_str(parts.content), None, parts.vocab_size, parts.eos_token_id)
+        return made
+
+    def parts(self) -> FastParts | None:
+        """All there is to a fast tokenizer; None of one in Python."""
+        if self._fast is None:
+            return None
+        return FastParts(self._fast.to_str(), self._vocab_size, self._eos_token_id)
+
+    def _set(
+        self,
+        fast: tokenizers.Tokenizer | None,
+        slow: PreTrainedTokenizerBase | None,
+        vocab_size: int,
+        eos_token_id: int | None,
+    ) -> None:
+        self._fast, self._slow = fast, slow
+        self._lock = threading.Lock()
+        if fast is not None:
+            fast.no_truncation()
+            fast.no_padding()
+        self._vocab_size = vocab_size
+        self._eos_token_id = eos_token_id
+        is_bytes = fast is not None and is_byte_level(fast)
+        self._bytes = _byte_table(fast) if is_bytes and fast is not None else None
 
     @property
     def vocab_size(self) -> int:
@@ -66,6 +109,7 @@ class TransformersTokenizer:
         """Token ids of `text`, with the special tokens the tokenizer puts around it, if any."""
         if self._fast is not None:
             return list(self._fast.encode(text).ids)
+        assert self._slow is not None
         with self._lock:
             ids: list[int] = self._slow.encode(text)
             return ids
@@ -74,6 +118,7 @@ class TransformersTokenizer:
         """Text of the ids: special tokens left out, spaces as they are, bad UTF-8 as U+FFFD."""
         if self._fast is not None:
             return str(self._fast.decode(list(token_ids), skip_special_tokens=True))
+        assert self._slow is not None
         with self._lock:
             return str(
                 self._slow.decode(

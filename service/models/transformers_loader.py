@@ -10,13 +10,9 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from gptjet.service.engine.errors import BackendLoadError
-from gptjet.service.models.architecture import (
-    Architecture,
-    describe_mismatch,
-    one_line,
-    verify_architecture,
-)
+from gptjet.service.models.architecture import Architecture, verify_architecture
 from gptjet.service.models.checkpoint import Checkpoint, is_ignorable_buffer
+from gptjet.service.models.messages import describe_mismatch, one_line
 from gptjet.service.models.quiet import quiet_transformers
 
 

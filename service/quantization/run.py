@@ -23,7 +23,6 @@ from gptjet.service.models.fused.weights import (
     load_fused_weights,
     quantized_weight_type,
 )
-from gptjet.service.models.geometry import eos_token_ids
 from gptjet.service.models.memory import available_host_bytes
 from gptjet.service.models.tokenizer import TransformersTokenizer, load_tokenizer
 from gptjet.service.quantization.calibration import sample_sequences
@@ -266,9 +265,7 @@ def _write_calibration(
         weights.geometry,
         num_tokens=options.calibration_tokens,
         starts=starts,
-        end_ids=eos_token_ids(
-            weights.config, checkpoint.generation_config, weights.geometry.vocab_size
-        ),
+        end_ids=weights.description.eos_token_ids,
         max_length=_SEQUENCE_TOKENS,
         on_progress=stage("writing calibration text", options.calibration_tokens),
     )

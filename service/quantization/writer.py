@@ -87,7 +87,7 @@ class CheckpointWriter:
         extra = [path for pattern in _COPIED_PATTERNS for path in checkpoint.path.glob(pattern)]
         for path in (*(checkpoint.path / name for name in _COPIED), *extra):
             if path.is_file():
-                shutil.copyfile(path, self._folder / path.name)
+                (self._folder / path.name).write_bytes(_read_source(path))
 
     def _write_shard(self) -> None:
         if not self._pending:
@@ -184,6 +184,14 @@ def _swap(content: Path, output: Path, old: Path) -> None:
 def _is_homeless(old: Path, output: Path) -> bool:
     """Whether what was `output` lies at `old` only."""
     return os.path.lexists(old) and not os.path.lexists(output)
+
+
+def _read_source(path: Path) -> bytes:
+    """A file of the source, which is no fault of the output's where it cannot be read."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise BackendLoadError(f"{path} cannot be read: {error.strerror or error}") from error
 
 
 def _is_ours(folder: Path) -> bool:

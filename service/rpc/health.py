@@ -25,6 +25,12 @@ class HealthServicer(health_pb2_grpc.HealthServicer):
         self._services = services
         self._status: int = NOT_SERVING
         self._changed = asyncio.Event()
+        self._ended = False
+
+    @property
+    def is_serving(self) -> bool:
+        """Whether the status is SERVING."""
+        return self._status == SERVING
 
     def set_status(self, status: int) -> None:
         """Set the status of every service and wake the watchers; event-loop thread only."""
@@ -34,6 +40,11 @@ class HealthServicer(health_pb2_grpc.HealthServicer):
         # Watchers hold the old event and are woken by it; later ones wait for the next change.
         self._changed.set()
         self._changed = asyncio.Event()
+
+    def end_watches(self) -> None:
+        """End every Watch, which otherwise lasts as long as its caller wants."""
+        self._ended = True
+        self._changed.set()
 
     async def Check(  # noqa: N802 - the name is gRPC's
         self,
@@ -59,7 +70,13 @@ class HealthServicer(health_pb2_grpc.HealthServicer):
     ) -> AsyncIterator[health_pb2.HealthCheckResponse]:
         """The status now and whenever it changes."""
         known = request.service in self._services
+        told = None
         while True:
             changed = self._changed
-            yield health_pb2.HealthCheckResponse(status=self._status if known else SERVICE_UNKNOWN)
+            status = self._status if known else SERVICE_UNKNOWN
+            if status != told:
+                yield health_pb2.HealthCheckResponse(status=status)
+                told = status
+            if self._ended:
+                return
             await changed.wait()

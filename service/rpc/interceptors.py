@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import sys
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -13,13 +14,22 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import grpc
+import structlog
 from google.protobuf import descriptor_pool
 
-from gptjet.service.engine.errors import FieldViolation, InvalidRequestError
+from gptjet.service.engine.errors import EngineError, InvalidRequestError
 from gptjet.service.engine.request import FinishReason, RequestSummary
 from gptjet.service.engine.score import ScoreResult
 from gptjet.service.log import get_logger
-from gptjet.service.rpc.status import InternalError, RpcStatus, to_status
+from gptjet.service.observability.setup import Observability
+from gptjet.service.rpc.status import (
+    InternalError,
+    MessageTooLargeError,
+    RpcStatus,
+    TooManyRpcsError,
+    to_status,
+)
+from gptjet.service.rpc.watch import OTHER, RpcWatch
 from gptjet.service.rpc.wire import explain_undecodable
 
 if TYPE_CHECKING:
@@ -28,6 +38,8 @@ if TYPE_CHECKING:
 logger = get_logger(__name__)
 
 _DEADLINE_SLACK_NS = 20_000_000
+# A caller who does not read does not take the status either; it is left to the connection then.
+_ABORT_TIMEOUT_S = 1.0
 
 # gRPC's classes are generic in their stubs only.
 _Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
@@ -39,6 +51,8 @@ class RequestRecord:
     """What is known of one RPC when it ends; the servicer fills in what only it knows.
 
     `counted` says that it is one of our service's and not a probe; its `method` has no prefix then.
+    `caller` is the name of the bearer token it came with. `trace` is what its engine request
+    carries for whoever makes spans of it; `label` is the method in metrics.
     """
 
     method: str
@@ -49,6 +63,11 @@ class RequestRecord:
     code: grpc.StatusCode = grpc.StatusCode.OK
     error: str | None = None
     request_id: str | None = None
+    trace_id: str | None = None
+    span_id: str | None = None
+    trace: Any = None
+    caller: str | None = None
+    label: str = OTHER
     prompt: str | None = None
     prompt_tokens: int | None = None
     output_tokens: int | None = None
@@ -81,6 +100,8 @@ class RequestRecord:
         """The log line: what does not apply is left out."""
         fields: dict[str, object] = {
             "request_id": self.request_id,
+            "trace_id": self.trace_id,
+            "span_id": self.span_id,
             "method": self.method,
             "code": self.code.name,
             "finish_reason": self.finish_reason and self.finish_reason.value,
@@ -90,6 +111,7 @@ class RequestRecord:
             "candidate_tokens": self.candidate_tokens,
             **self._timings(),
             "peer": self.peer,
+            "caller": self.caller,
             "error": self.error,
             "prompt": self.prompt,
         }
@@ -136,26 +158,32 @@ def log_record(record: RequestRecord) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class _Undecodable:
-    """Stands in for a request whose bytes did not parse."""
+class _Unusable:
+    """Stands in for a request whose bytes did not parse, or were too many."""
 
-    violation: FieldViolation
+    error: EngineError
 
 
 class RequestInterceptor(grpc.aio.ServerInterceptor):
-    """Ends every RPC with one status and one record.
+    """Ends every RPC with one status and one record, which the log, metrics and spans are made of.
 
-    `on_end` is called with each record (default: the log line). `idle` is set while no RPC of
-    `counted_service` is being served.
+    `idle` is set while no RPC of `counted_service` is being served. More than `max_rpcs` of it are
+    refused, and so are requests of more than `max_message_bytes`: gRPC's own limit does not name
+    the setting.
     """
 
     def __init__(
         self,
         counted_service: str,
-        on_end: Callable[[RequestRecord], None] = log_record,
+        observability: Observability,
+        *,
+        max_rpcs: int = sys.maxsize,
+        max_message_bytes: int = sys.maxsize,
     ) -> None:
+        self._max_rpcs = max_rpcs
+        self._max_message_bytes = max_message_bytes
         self._counted_prefix = counted_service + "/"
-        self._on_end = on_end
+        self.watch = RpcWatch(log_record, observability, self._counted_prefix)
         self._active = 0
         self.idle = asyncio.Event()
         self.idle.set()
@@ -170,7 +198,7 @@ class RequestInterceptor(grpc.aio.ServerInterceptor):
         if handler is None or handler.request_streaming:
             return handler
         method = handler_call_details.method.removeprefix("/")
-        deserializer = _explaining(handler.request_deserializer, method)
+        deserializer = _explaining(handler.request_deserializer, method, self._max_message_bytes)
         if handler.response_streaming:
             return grpc.unary_stream_rpc_method_handler(
                 self._stream(method, handler.unary_stream),
@@ -213,9 +241,12 @@ class RequestInterceptor(grpc.aio.ServerInterceptor):
             record.deadline_ns = record.started_ns + round(remaining_s * 1e9)
         token = _current.set(record)
         self._count(counted)
+        bound = self.watch.begin(record, method, request, context.invocation_metadata())
         try:
-            if isinstance(request, _Undecodable):
-                raise InvalidRequestError(request.violation)
+            if isinstance(request, _Unusable):
+                raise request.error
+            if counted and self._active > self._max_rpcs:
+                raise TooManyRpcsError(self._max_rpcs)
             yield
         except grpc.aio.AbortError:
             record.code, record.error = context.code(), context.details()
@@ -229,11 +260,12 @@ class RequestInterceptor(grpc.aio.ServerInterceptor):
             record.code, record.error = status.code, status.message
             if status.code is grpc.StatusCode.INTERNAL and record.finish_reason is not None:
                 record.finish_reason = FinishReason.ERROR
-            await context.abort(status.code, status.message, status.trailing_metadata())
+            await _abort(context, status)
         finally:
             _current.reset(token)
             self._count(counted, -1)
-            self._on_end(record)
+            self.watch.end(record)
+            structlog.contextvars.reset_contextvars(**bound)
 
     def _count(self, counted: bool, change: int = 1) -> None:
         if not counted:
@@ -243,6 +275,15 @@ class RequestInterceptor(grpc.aio.ServerInterceptor):
             self.idle.clear()
         else:
             self.idle.set()
+
+
+async def _abort(context: _Context, status: RpcStatus) -> None:
+    try:
+        async with asyncio.timeout(_ABORT_TIMEOUT_S):
+            await context.abort(status.code, status.message, status.trailing_metadata())
+    except TimeoutError:
+        # Ends the handler. The status is sent when the caller reads, or never.
+        raise asyncio.CancelledError from None
 
 
 def _internal(error: Exception, method: str) -> RpcStatus:
@@ -255,9 +296,9 @@ def _internal(error: Exception, method: str) -> RpcStatus:
 
 
 def _explaining(
-    deserializer: Callable[[bytes], Any] | None, method: str
+    deserializer: Callable[[bytes], Any] | None, method: str, max_bytes: int
 ) -> Callable[[bytes], Any] | None:
-    """`deserializer`, but bytes that do not parse come out as what is wrong with them.
+    """`deserializer`, but bytes that do not parse, or are too many, come out as what is wrong.
 
     Left to gRPC, they would end as INTERNAL without a word about the field.
     """
@@ -266,12 +307,14 @@ def _explaining(
     request_type = _request_type(method)
 
     def deserialize(data: bytes) -> Any:
+        if len(data) > max_bytes:
+            return _Unusable(MessageTooLargeError(len(data), max_bytes))
         try:
             return deserializer(data)
         except Exception:
             if request_type is None:
                 raise
-            return _Undecodable(explain_undecodable(data, request_type))
+            return _Unusable(InvalidRequestError(explain_undecodable(data, request_type)))
 
     return deserialize
 

@@ -18,8 +18,10 @@ async def score_request_from_pb(
     codec: TextCodec,
     max_context: int,
     *,
+    request_id: str,
     arrival_ns: int,
     deadline_ns: int | None,
+    trace: object = None,
 ) -> ScoreRequest:
     """Tokenize every text, each by itself; what is given as ids stays as it is.
 
@@ -54,9 +56,10 @@ async def score_request_from_pb(
         ids["prompt"],
         tuple(ids[name] for name in names),
         calibration_token_ids=None if calibration is None else ids[calibration],
-        request_id=message.request_id,
+        request_id=request_id,
         arrival_ns=arrival_ns,
         deadline_ns=deadline_ns,
+        trace=trace,
     )
 
 

@@ -4,13 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
-import signal
-import sys
-import threading
 import time
-from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import grpc
 from grpc_health.v1 import health_pb2_grpc
@@ -20,67 +15,102 @@ from gptjet.proto.v1 import text_generation_pb2_grpc as pb_grpc
 from gptjet.service.config import ServerConfig
 from gptjet.service.engine.async_engine import AsyncEngine
 from gptjet.service.engine.backend import Backend
-from gptjet.service.engine.errors import BackendLoadError
 from gptjet.service.engine.tokenizer import Tokenizer
-from gptjet.service.log import configure_logging, get_logger
-from gptjet.service.rpc import health, listen
-from gptjet.service.rpc.interceptors import RequestInterceptor
+from gptjet.service.governance.governance import Governance
+from gptjet.service.log import get_logger
+from gptjet.service.observability.setup import Observability, set_up
+from gptjet.service.rpc import health, listen, sockets
+from gptjet.service.rpc.access.control import AccessControl, Outcome, Reloaded
+from gptjet.service.rpc.access.errors import AccessError
+from gptjet.service.rpc.access.interceptor import RefusalLog
+from gptjet.service.rpc.admin_server import AdminServer
+from gptjet.service.rpc.governed import open_governance
+from gptjet.service.rpc.interceptors import RequestInterceptor, RequestRecord
 from gptjet.service.rpc.listen import ListenError
-from gptjet.service.rpc.servicer import SERVICE_NAME, TextGenerationServicer
+from gptjet.service.rpc.servicer import (
+    METHOD_NAMES,
+    SERVICE_NAME,
+    TextGenerationServicer,
+    server_version,
+)
 from gptjet.service.rpc.text import TextCodec
 
 logger = get_logger(__name__)
 
-EXIT_OK, EXIT_FAILURE, EXIT_USAGE = 0, 1, 2
 
 # After the grace period: to send what is finished, and for the step that is running to end.
 _FLUSH_S = 1.0
 _STEP_S = 30.0
-_THREAD_PREFIX = "gptjet-"
-
-
-class LoadedModel(Protocol):
-    """What a loader gives; `gptjet.service.backends.factory` has one of these."""
-
-    @property
-    def backend(self) -> Backend:
-        """The model."""
-        ...
-
-    @property
-    def tokenizer(self) -> Tokenizer:
-        """Its tokenizer."""
-        ...
-
-
-# Given from outside, so that this room knows no backend. It may block and raise BackendLoadError.
-Loader = Callable[[ServerConfig], LoadedModel]
+_POLL_S, _QUIET_POLLS = 0.02, 3
 
 
 class Server:
     """A gRPC server of one model, without signals and exit codes: `start`, `attach`, `drain`.
 
-    Belongs to the event loop it is made in.
+    `failed` is set when its engine has failed for good. Belongs to the event loop it is made in.
     """
 
-    def __init__(self, config: ServerConfig) -> None:
+    def __init__(self, config: ServerConfig, observability: Observability | None = None) -> None:
+        """`observability`: None for what the settings say; raises ObservabilityError for it."""
         self.config = config
         self.port = 0
         self.engine: AsyncEngine | None = None
+        self.governance: Governance | None = None
         self._codec: TextCodec | None = None
-        self._servicer = TextGenerationServicer(config)
         self._health = health.HealthServicer(("", SERVICE_NAME))
-        self._rpcs = RequestInterceptor(SERVICE_NAME)
+        self.observability = observability or set_up(
+            config,
+            version=server_version(),
+            methods=METHOD_NAMES,
+            is_serving=lambda: self._health.is_serving,
+        )
+        self._rpcs = RequestInterceptor(
+            SERVICE_NAME,
+            self.observability,
+            max_rpcs=config.max_concurrent_rpcs,
+            max_message_bytes=config.max_message_bytes,
+        )
+        self._servicer = TextGenerationServicer(config, self._rpcs.watch)
+        self.failed = asyncio.Event()
+        self._watching_engine: asyncio.Task[None] | None = None
         self._grpc: grpc.aio.Server | None = None
+        self._access: AccessControl | None = None
+        self._refusals = RefusalLog()
+        self._admin = AdminServer(config, self)
         self._wrote_port_file = False
+        self._started_s = time.monotonic()
+        self._draining = False
+        # Set when it has been told to stop other than by a signal; whoever runs it waits for this.
+        self.stop_asked = asyncio.Event()
+        self._grace_s = config.grace_s
 
     async def start(self) -> None:
         """Listen. Health says NOT_SERVING and requests get UNAVAILABLE until `attach`.
 
-        Raises ListenError with one line if that cannot be.
+        With reuse_port, `attach` listens instead: another server on the port serves until then, and
+        half of its callers would come here. Raises ListenError, ObservabilityError or
+        GovernanceError with one line if that cannot be.
         """
+        try:
+            self._access = AccessControl(self.config, self._note_refused)
+        except AccessError as error:
+            raise ListenError(str(error)) from error
+        self.governance = open_governance(self.config)
+        if self.governance is not None:
+            self._servicer.govern(self.governance)
+        self._serve_metrics()
+        if self.config.reuse_port:
+            listen.check_address(self.config.host, self.config.port, "--port", reuse_port=True)
+        else:
+            await self._listen()
+        self._access.start()
+        await self._admin.start()
+
+    async def _listen(self) -> None:
+        assert self._access is not None, "`start` made it"
         server = grpc.aio.server(
-            interceptors=[self._rpcs], options=listen.channel_options(self.config)
+            interceptors=[self._rpcs, *self._access.for_callers(SERVICE_NAME)],
+            options=listen.channel_options(self.config),
         )
         pb_grpc.add_TextGenerationServicer_to_server(self._servicer, server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
@@ -88,7 +118,7 @@ class Server:
             reflection.enable_server_reflection(
                 (SERVICE_NAME, "grpc.health.v1.Health", reflection.SERVICE_NAME), server
             )
-        self.port = listen.bind(server, self.config)
+        self.port = listen.bind(server, self.config, self._access.credentials())
         self._grpc = server
         await server.start()
         if self.config.port_file is not None:
@@ -100,24 +130,60 @@ class Server:
             tls=self.config.tls_cert is not None,
         )
 
+    def _serve_metrics(self) -> None:
+        config = self.config
+        if config.metrics_port is None:
+            return
+        self.observability.listen(config.metrics_host, config.metrics_port)
+        port = self.observability.metrics_port
+        logger.info("metrics", url=f"http://{listen.address(config.metrics_host, port)}/metrics")
+
+    def _note_refused(self, record: RequestRecord) -> None:
+        self._refusals(record)
+        self._rpcs.watch.count_refused(record)
+
     async def attach(self, backend: Backend, tokenizer: Tokenizer) -> None:
-        """Warm a loaded model up and serve it. Raises what `Backend.warm_up` raises."""
-        engine = AsyncEngine(backend, tokenizer, self.config.engine)
+        """Warm a loaded model up and serve it.
+
+        Raises what `Backend.warm_up` raises, and with reuse_port what `start` raises.
+        """
+        engine = AsyncEngine(
+            backend,
+            tokenizer,
+            self.config.engine,
+            step_observer=self.observability.metrics,
+            request_observers=self.observability.request_observers,
+        )
         # Walks the whole vocabulary.
         codec = await asyncio.to_thread(
             TextCodec, tokenizer, backend.spec.max_context, self.config.max_queue_size
         )
         await engine.start()
         self.engine, self._codec = engine, codec
+        self.observability.attach(engine, self.config.model)
         self._servicer.attach(engine, codec)
+        self._watching_engine = asyncio.create_task(self._watch(engine))
         self._health.set_status(health.SERVING)
+        if self.config.reuse_port:
+            await self._listen()
+
+    async def _watch(self, engine: AsyncEngine) -> None:
+        await engine.failed.wait()
+        self._health.set_status(health.NOT_SERVING)
+        self._servicer.refuse(engine.failure or "")
+        self.failed.set()
 
     async def drain(self, grace_s: float | None = None) -> bool:
         """Refuse new requests, let running ones finish within `grace_s`, then stop.
 
+        With reuse_port nothing is refused while another server may take it: see `_hand_over`.
         Returns False if a step of the backend did not end, so that its thread is still alive.
         """
-        grace_s = self.config.grace_s if grace_s is None else grace_s
+        grace_s = self._grace_s if grace_s is None else grace_s
+        self._draining = True
+        is_shared = self.config.reuse_port and self._grpc is not None
+        if is_shared and grace_s and not self.failed.is_set():
+            grace_s = await self._hand_over(grace_s)
         self._health.set_status(health.NOT_SERVING)
         self._servicer.refuse("the server is draining: it takes no new requests")
         ended = True
@@ -125,13 +191,114 @@ class Server:
             ended = await self._drain_engine(self.engine, grace_s)
         if self._codec is not None:
             self._codec.close()
+        self._health.end_watches()
         if self._grpc is not None:
-            # Health watchers never end by themselves, so this waits for them in vain; and the
-            # statuses of requests that have just ended are still being sent.
+            await self._close_connections()
             await self._grpc.stop(_FLUSH_S)
+        await self.observability.close()
+        await self._admin.stop()
+        if self._access is not None:
+            await self._access.stop()
+        if self._watching_engine is not None:
+            self._watching_engine.cancel()
+        if self.governance is not None:
+            await asyncio.to_thread(self.governance.close)
         if self._wrote_port_file and self.config.port_file is not None:
             listen.remove_port_file(self.config.port_file)
         return ended
+
+    # --- what its administrator sees and does ---
+
+    @property
+    def access(self) -> AccessControl:
+        """Certificates and tokens; there from `start` on."""
+        assert self._access is not None
+        return self._access
+
+    @property
+    def admin_port(self) -> int:
+        """Where gptjet.v1.Admin listens; 0: on no port."""
+        return self._admin.port
+
+    @property
+    def state(self) -> str:
+        """ "loading", "serving" or "draining"."""
+        if self._draining or self.stop_asked.is_set():
+            return "draining"
+        return "loading" if self.engine is None else "serving"
+
+    @property
+    def running(self) -> int:
+        """Requests that hold a KV cache."""
+        return 0 if self.engine is None else self.engine.num_running
+
+    @property
+    def waiting(self) -> int:
+        """Requests that wait."""
+        return 0 if self.engine is None else self.engine.num_waiting
+
+    async def reload(self) -> list[Reloaded]:
+        """Read certificates, tokens and the policy again; what became of each."""
+        results = await self.access.reload()
+        if self.governance is not None:
+            read = await asyncio.to_thread(self.governance.reload)
+            outcome = Outcome.RELOADED if read.ok else Outcome.REFUSED
+            results.append(Reloaded("policy", outcome, "" if read.ok else read.message))
+        return results
+
+    def ask_to_stop(self, grace_s: float | None) -> float:
+        """Have whoever runs this server drain it; the grace period that holds, in seconds.
+
+        Asking again changes nothing, nor does asking a server that drains.
+        """
+        if not (self._draining or self.stop_asked.is_set()):
+            self._grace_s = self.config.grace_s if grace_s is None else grace_s
+            self.stop_asked.set()
+        return self._grace_s
+
+    def about(self) -> dict[str, Any]:
+        """What it is, for a person."""
+        return {
+            "server_version": server_version(),
+            "uptime_s": round(time.monotonic() - self._started_s, 3),
+            "model": self.config.model,
+            "backend": "" if self.engine is None else self.engine.spec.name,
+            "address": listen.address(self.config.host, self.port),
+        }
+
+    async def _hand_over(self, grace_s: float) -> float:
+        """Leave the port to the other servers on it; returns what is left of the grace period.
+
+        New connections go to the others from now on. Callers on the old ones are served until
+        each connection has reached its age and been told so (GOAWAY): then their next call connects
+        anew. gRPC's own `stop` would cancel the calls that cross its GOAWAY.
+        """
+        started = time.monotonic()
+        end = started + grace_s
+        aged = min(end, started + 1.2 * listen.connection_age_s(self.config) + _FLUSH_S)
+        num_listeners = sockets.close_listeners(self.port)
+        logger.info("handing over", listeners=num_listeners, grace_s=grace_s)
+        while num_listeners and time.monotonic() < end:
+            if time.monotonic() > aged:
+                self._health.end_watches()  # they hold connections that nothing else is on
+            if not sockets.num_connections(self.port):
+                break
+            await asyncio.sleep(_POLL_S)
+        left = sockets.num_connections(self.port)
+        logger.info("handed over", all_finished=not left, connections_left=left)
+        return max(0.0, end - time.monotonic())
+
+    async def _close_connections(self) -> None:
+        """Wait until what has just ended is sent, and close every connection.
+
+        A call that comes then sees its connection end, UNAVAILABLE, and may be tried again
+        elsewhere; gRPC's own `stop` would say CANCELLED.
+        """
+        end, num_quiet = time.monotonic() + _FLUSH_S, 0
+        while num_quiet < _QUIET_POLLS and time.monotonic() < end:
+            await asyncio.sleep(_POLL_S)
+            num_quiet = 0 if sockets.num_unsent_bytes(self.port) else num_quiet + 1
+        sockets.close_connections(self.port)
 
     async def _drain_engine(self, engine: AsyncEngine, grace_s: float) -> bool:
         started = time.monotonic()
@@ -151,127 +318,3 @@ class Server:
         await engine.stop()
         logger.info("drained", all_finished=finished)
         return True
-
-
-async def serve(config: ServerConfig, *, loader: Loader) -> int:
-    """Run a server until SIGTERM or SIGINT and return the process's exit code.
-
-    0: drained. 1: a bug. 2: the model, the port or a file does not allow it; one line was logged.
-    A second signal ends the process at once. Needs the main thread, for the signals.
-    """
-    configure_logging(config.log_level, config.log_format)
-    stop = _stop_on_signals()
-    server = Server(config)
-    try:
-        await server.start()
-    except ListenError as error:
-        await server.drain(0.0)
-        return _give_up(str(error))
-    bringing_up = asyncio.create_task(_bring_up(server, loader))
-    stopping = asyncio.create_task(stop.wait())
-    await asyncio.wait({bringing_up, stopping}, return_when=asyncio.FIRST_COMPLETED)
-    code = EXIT_OK
-    if bringing_up.done():
-        code = bringing_up.result()
-        if code == EXIT_OK:
-            await stopping
-    bringing_up.cancel()
-    stopping.cancel()
-    await asyncio.gather(bringing_up, stopping, return_exceptions=True)
-    if not await server.drain():
-        code = EXIT_FAILURE
-    logger.info("stopped", exit_code=code)
-    return code
-
-
-def run(config: ServerConfig, *, loader: Loader) -> int:
-    """`serve` for a process of its own: returns the exit code, or exits with it.
-
-    It exits by itself where a thread is still inside the backend, loading or in a step that does
-    not end: the interpreter cannot be shut down under it without crashing.
-    """
-    code = asyncio.run(serve(config, loader=loader))
-    if any(
-        thread.daemon and thread.name.startswith(_THREAD_PREFIX) for thread in threading.enumerate()
-    ):
-        _exit_now(code)
-    return code
-
-
-async def _bring_up(server: Server, loader: Loader) -> int:
-    """Load and warm up; the exit code if that fails, else EXIT_OK with the server serving."""
-    config = server.config
-    started = time.monotonic()
-    logger.info("loading", model=config.model, backend=config.backend)
-    try:
-        loaded = await _in_daemon_thread(lambda: loader(config), _THREAD_PREFIX + "loader")
-        await server.attach(loaded.backend, loaded.tokenizer)
-    except BackendLoadError as error:
-        return _give_up(str(error))
-    except Exception as error:
-        logger.error("loading failed", exc_info=error)
-        return EXIT_FAILURE
-    spec = loaded.backend.spec
-    logger.info(
-        "serving",
-        model=config.model,
-        backend=spec.name,
-        device=spec.device,
-        dtype=spec.dtype,
-        max_context=spec.max_context,
-        load_s=round(time.monotonic() - started, 2),
-    )
-    return EXIT_OK
-
-
-async def _in_daemon_thread(function: Callable[[], Any], name: str) -> Any:
-    """Run a function in a thread that, unlike a pool's, does not hold up the end of the process."""
-    loop = asyncio.get_running_loop()
-    future: asyncio.Future[Any] = loop.create_future()
-
-    def settle(result: Any, error: BaseException | None) -> None:
-        if future.done():  # nobody waits any more
-            return
-        if error is not None:
-            future.set_exception(error)
-        else:
-            future.set_result(result)
-
-    def run_function() -> None:
-        result, error = None, None
-        try:
-            result = function()
-        except BaseException as raised:  # noqa: BLE001 - raised again where it is awaited
-            error = raised
-        with contextlib.suppress(RuntimeError):  # the loop has closed
-            loop.call_soon_threadsafe(settle, result, error)
-
-    threading.Thread(target=run_function, name=name, daemon=True).start()
-    return await future
-
-
-def _stop_on_signals() -> asyncio.Event:
-    stop = asyncio.Event()
-
-    def on_signal(number: int) -> None:
-        if stop.is_set():
-            _exit_now(128 + number)
-        logger.info("signal received", signal=signal.Signals(number).name)
-        stop.set()
-
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, on_signal, number)
-    return stop
-
-
-def _exit_now(code: int) -> None:
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
-
-
-def _give_up(reason: str) -> int:
-    """One line for a person, whatever a message looks like."""
-    logger.error("cannot serve: " + " ".join(reason.split()))
-    return EXIT_USAGE

@@ -13,19 +13,27 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from gptjet.proto.v1 import text_generation_pb2 as pb
 from gptjet.proto.v1 import text_generation_pb2_grpc as pb_grpc
 from gptjet.service.config import ServerConfig
-from gptjet.service.engine.async_engine import AsyncEngine, RequestStream
+from gptjet.service.engine.async_engine import AsyncEngine
 from gptjet.service.engine.errors import EngineUnavailableError
 from gptjet.service.engine.request import FinishReason, RequestOutput, new_request
+from gptjet.service.engine.request_stream import RequestStream
+from gptjet.service.governance.governance import Governance
 from gptjet.service.rpc import convert
+from gptjet.service.rpc.access import quota
+from gptjet.service.rpc.governed import GovernedCall, GovernedOutput
 from gptjet.service.rpc.interceptors import RequestRecord, current_record
+from gptjet.service.rpc.patience import PatientWriter
 from gptjet.service.rpc.score_request import bounded_ids, score_request_from_pb
-from gptjet.service.rpc.status import DeadlineExceededError
+from gptjet.service.rpc.status import DeadlineExceededError, PolicyBlockedError
 from gptjet.service.rpc.text import TextCodec
+from gptjet.service.rpc.watch import RpcWatch
 
 if TYPE_CHECKING:
     import grpc
 
-SERVICE_NAME: str = pb.DESCRIPTOR.services_by_name["TextGeneration"].full_name
+_SERVICE = pb.DESCRIPTOR.services_by_name["TextGeneration"]
+SERVICE_NAME: str = _SERVICE.full_name
+METHOD_NAMES: tuple[str, ...] = tuple(method.name for method in _SERVICE.methods)
 
 _LOADING_RETRY_S = 2.0
 _DRAINING_RETRY_S = 1.0
@@ -36,16 +44,22 @@ _Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 class TextGenerationServicer(pb_grpc.TextGenerationServicer):
     """Refuses with UNAVAILABLE until `attach` and from `refuse` on; GetModel always answers."""
 
-    def __init__(self, config: ServerConfig) -> None:
+    def __init__(self, config: ServerConfig, watch: RpcWatch) -> None:
         self._config = config
-        self._version = _server_version()
+        self._watch = watch
+        self._version = server_version()
         self._engine: AsyncEngine | None = None
         self._codec: TextCodec | None = None
+        self._governance: Governance | None = None
         self._refusal: tuple[str, float] | None = ("the model is loading", _LOADING_RETRY_S)
 
     def attach(self, engine: AsyncEngine, codec: TextCodec) -> None:
         """Serve requests with a started engine."""
         self._engine, self._codec, self._refusal = engine, codec, None
+
+    def govern(self, governance: Governance) -> None:
+        """Judge every text that comes and goes by its policy."""
+        self._governance = governance
 
     def refuse(self, reason: str) -> None:
         """Answer every new request with UNAVAILABLE."""
@@ -55,7 +69,7 @@ class TextGenerationServicer(pb_grpc.TextGenerationServicer):
         self, request: pb.GenerateRequest, _context: _Context
     ) -> pb.GenerateResponse:
         """One answer at the end."""
-        stream = await self._submit(request)
+        stream, governed = await self._submit(request)
         response = pb.GenerateResponse()
         texts: list[list[str]] = []
         for index in range(stream.request.sampling_params.n):
@@ -65,11 +79,14 @@ class TextGenerationServicer(pb_grpc.TextGenerationServicer):
         try:
             async for output in stream:
                 _observe(output, record)
+                if governed is not None:
+                    output, blocked = await governed.clear(output)
+                    _raise_if_blocked(blocked, record)
                 convert.append_output(response.sequences[output.index], texts[output.index], output)
                 if output.summary is not None:
                     response.summary.CopyFrom(convert.summary_to_pb(output.summary))
         finally:
-            _leave(stream, record)
+            _leave(stream, record, governed)
         for sequence, parts in zip(response.sequences, texts, strict=True):
             sequence.text = "".join(parts)
         return response
@@ -79,41 +96,55 @@ class TextGenerationServicer(pb_grpc.TextGenerationServicer):
         self, request: pb.GenerateStreamRequest, context: _Context
     ) -> None:
         """One message a step and sequence, then the summary."""
-        stream = await self._submit(request)
+        stream, governed = await self._submit(request)
+        writer = PatientWriter(context, stream, self._config)
         record = current_record()
         try:
             async for output in stream:
                 _observe(output, record)
+                blocked = None
+                if governed is not None:
+                    output, blocked = await governed.clear(output)
                 if output.text or output.token_ids:
                     chunk = convert.chunk_to_pb(output)
-                    await context.write(pb.GenerateStreamResponse(chunk=chunk))
+                    await writer.write(pb.GenerateStreamResponse(chunk=chunk))
+                _raise_if_blocked(blocked, record)
                 if output.summary is not None:
                     summary = convert.summary_to_pb(output.summary)
-                    await context.write(pb.GenerateStreamResponse(summary=summary))
+                    await writer.write(pb.GenerateStreamResponse(summary=summary))
         finally:
-            _leave(stream, record)
+            _leave(stream, record, governed)
 
     async def Score(  # noqa: N802
         self, request: pb.ScoreRequest, _context: _Context
     ) -> pb.ScoreResponse:
         """Candidates' log-probabilities; one answer at the end."""
         record = current_record()
-        record.request_id = request.request_id or None
         engine, codec = self._ready()
-        if self._config.log_prompts:
-            record.prompt = request.text or str(list(request.token_ids.ids))
         domain = await score_request_from_pb(
             request,
             codec,
             engine.spec.max_context,
+            request_id=request.request_id or record.request_id or "",
             arrival_ns=record.started_ns,
             deadline_ns=record.deadline_ns,
+            trace=record.trace,
         )
-        record.request_id = domain.request_id
+        call_policy = self._governed(engine, codec, domain.request_id)
+        if call_policy is not None:
+            domain = await call_policy.score_request(domain)
+        if self._config.log_prompts:
+            # What a rule may have taken out stays out of the log, too.
+            given = request.text if call_policy is None else ""
+            record.prompt = given or str(list(domain.prompt_token_ids))
         record.prompt_tokens = len(domain.prompt_token_ids)
         record.candidates = len(domain.candidates)
         record.candidate_tokens = domain.candidate_tokens
+        # Each prompt is computed with every candidate after it.
+        cost = sum(len(prompt) + domain.candidate_tokens for prompt in domain.prompts)
+        quota.reserve_tokens(cost)
         call = engine.submit_score(domain)
+        quota.use_tokens(cost)
         try:
             outcome = await call.outcome()
         except asyncio.CancelledError:
@@ -129,8 +160,13 @@ class TextGenerationServicer(pb_grpc.TextGenerationServicer):
         self, request: pb.TokenizeRequest, _context: _Context
     ) -> pb.TokenizeResponse:
         """Text to ids."""
-        _, codec = self._ready()
+        engine, codec = self._ready()
         ids, pieces = await codec.tokenize(request.text)
+        call_policy = self._governed(engine, codec)
+        if call_policy is not None:
+            judged = await call_policy.text("text", request.text)
+            if judged != request.text:
+                ids, pieces = await codec.tokenize(judged)
         return pb.TokenizeResponse(ids=ids, pieces=pieces)
 
     async def Detokenize(  # noqa: N802
@@ -139,6 +175,10 @@ class TextGenerationServicer(pb_grpc.TextGenerationServicer):
         """Ids to text."""
         engine, codec = self._ready()
         text = await codec.detokenize(request.ids, engine.spec.vocab_size)
+        call_policy = self._governed(engine, codec)
+        if call_policy is not None:
+            text = await call_policy.text("ids", text)
+            text = await call_policy.text("text", text, "output")
         return pb.DetokenizeResponse(text=text)
 
     async def GetModel(  # noqa: N802
@@ -164,27 +204,52 @@ class TextGenerationServicer(pb_grpc.TextGenerationServicer):
         assert self._codec is not None
         return self._engine, self._codec
 
-    async def _submit(self, message: convert.GenerateMessage) -> RequestStream:
-        """Queue the request a message describes."""
+    def _governed(
+        self, engine: AsyncEngine, codec: TextCodec, request_id: str = ""
+    ) -> GovernedCall | None:
+        if self._governance is None:
+            return None
         record = current_record()
-        record.request_id = message.request_id or None
+        call_policy = GovernedCall(
+            self._governance, engine, codec, method=record.method, request_id=request_id
+        )
+        # The log line and the decisions are found by the same id.
+        record.request_id = call_policy.request_id
+        return call_policy
+
+    async def _submit(
+        self, message: convert.GenerateMessage
+    ) -> tuple[RequestStream, GovernedOutput | None]:
+        """Queue the request a message describes, and what clears its outputs where one must."""
+        record = current_record()
         engine, codec = self._ready()
         params = convert.sampling_params_from_pb(message.sampling_params)
-        if self._config.log_prompts:
-            record.prompt = message.text or str(list(message.token_ids.ids))
         prompt_token_ids = await self._prompt_token_ids(message, engine, codec)
+        prompt, request_id = message.text, message.request_id or record.request_id or ""
+        call_policy = self._governed(engine, codec, request_id)
+        if call_policy is not None:
+            request_id = call_policy.request_id
+            given = None if message.WhichOneof("prompt") == "token_ids" else message.text
+            prompt, prompt_token_ids = await call_policy.prompt(given, prompt_token_ids, params)
+        if self._config.log_prompts:
+            record.prompt = prompt or str(list(prompt_token_ids))
         record.prompt_tokens = len(prompt_token_ids)
         request = new_request(
             prompt_token_ids,
             params,
-            request_id=message.request_id,
+            request_id=request_id,
             arrival_ns=record.started_ns,
             deadline_ns=record.deadline_ns,
+            trace=record.trace,
         )
-        record.request_id = request.request_id
+        self._watch.describe(record, request)
+        # What asks for more than the context is refused by the engine, which says so better.
+        most = min(params.max_new_tokens, engine.spec.max_context)
+        quota.reserve_tokens(len(prompt_token_ids) + min(params.n, self._config.max_n) * most)
         stream = engine.submit(request)
+        quota.use_tokens(len(prompt_token_ids))
         record.output_tokens = 0
-        return stream
+        return stream, None if call_policy is None else call_policy.output(request, prompt)
 
     async def _prompt_token_ids(
         self, message: convert.GenerateMessage, engine: AsyncEngine, codec: TextCodec
@@ -198,6 +263,7 @@ def _observe(output: RequestOutput, record: RequestRecord) -> None:
     """Note what came, and raise where it is the end of an RPC that did not finish."""
     if not output.is_prompt:
         record.output_tokens = (record.output_tokens or 0) + len(output.token_ids)
+        quota.use_tokens(len(output.token_ids))
     if output.summary is not None:
         record.summary = output.summary
         record.finish_reason = output.summary.finish_reason
@@ -217,13 +283,22 @@ def _raise_unless_finished(reason: FinishReason | None, error: Exception | None)
         raise EngineUnavailableError("the server stopped before the request was finished")
 
 
-def _leave(stream: RequestStream, record: RequestRecord) -> None:
+def _raise_if_blocked(blocked: PolicyBlockedError | None, record: RequestRecord) -> None:
+    if blocked is not None:
+        record.finish_reason = FinishReason.ERROR
+        raise blocked
+
+
+def _leave(stream: RequestStream, record: RequestRecord, governed: GovernedOutput | None) -> None:
     """Take an unfinished request out of the engine; nothing happens to a finished one."""
     if record.summary is None:
         stream.cancel(record.leave())
+    if governed is not None:
+        governed.close()
 
 
-def _server_version() -> str:
+def server_version() -> str:
+    """Of the installed package."""
     try:
         return metadata.version("gptjet")
     except metadata.PackageNotFoundError:  # run from the tree, not installed

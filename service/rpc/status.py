@@ -16,7 +16,16 @@ from gptjet.service.engine.errors import (
     EngineStepError,
     EngineUnavailableError,
     InvalidRequestError,
+    OutOfMemoryError,
     QueueFullError,
+    QueueTimeError,
+    SlowReaderError,
+    TokensInFlightError,
+)
+from gptjet.service.rpc.access.errors import (
+    PermissionDeniedError,
+    QuotaExceededError,
+    UnauthenticatedError,
 )
 
 if TYPE_CHECKING:
@@ -32,6 +41,9 @@ MAX_MESSAGE_CHARACTERS = 512
 DETAILS_KEY = "grpc-status-details-bin"
 # gRPC's own retries wait this long instead of their backoff.
 PUSHBACK_KEY = "grpc-retry-pushback-ms"
+# What a google.rpc.ErrorInfo of ours says.
+ERROR_DOMAIN = "gptjet"
+POLICY_BLOCKED_REASON = "POLICY_BLOCKED"
 
 
 class DeadlineExceededError(EngineError):
@@ -41,12 +53,46 @@ class DeadlineExceededError(EngineError):
         super().__init__("the deadline passed before the request was finished")
 
 
+class TooManyRpcsError(EngineError):
+    """As many calls as there may be are being served; try again after `retry_after_s` seconds."""
+
+    def __init__(self, max_concurrent_rpcs: int) -> None:
+        self.retry_after_s = 1.0
+        super().__init__(
+            f"{max_concurrent_rpcs} calls are being served (max_concurrent_rpcs); "
+            f"try again in {self.retry_after_s:.1f} s"
+        )
+
+
+class MessageTooLargeError(EngineError):
+    """The request has more bytes than the server takes."""
+
+    def __init__(self, num_bytes: int, max_message_bytes: int) -> None:
+        super().__init__(
+            f"the request has {num_bytes} bytes; at most {max_message_bytes} are taken "
+            "(max_message_bytes)"
+        )
+
+
 class InternalError(EngineError):
     """A bug of ours; the traceback is in the log beside `error_id`."""
 
     def __init__(self, error_id: str) -> None:
         super().__init__(f"internal error; the server's log has it under error id {error_id}")
         self.error_id = error_id
+
+
+class PolicyBlockedError(EngineError):
+    """A rule of the operator's policy, or a reviewer, does not let a text in or out.
+
+    It names the rule and the place, never the text.
+    """
+
+    def __init__(self, message: str, rule: str, direction: str, field: str) -> None:
+        super().__init__(message)
+        self.rule = rule
+        self.direction = direction
+        self.field = field
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,10 +135,35 @@ def _invalid(error: EngineError) -> Sequence[Message]:
 
 
 def _retry_after(error: EngineError) -> Sequence[Message]:
-    assert isinstance(error, QueueFullError | EngineUnavailableError)
+    delay = duration_pb2.Duration()
+    delay.FromMilliseconds(round(getattr(error, "retry_after_s", 0.0) * 1000))
+    return (error_details_pb2.RetryInfo(retry_delay=delay),)
+
+
+def _quota(error: EngineError) -> Sequence[Message]:
+    assert isinstance(error, QuotaExceededError)
+    failure = error_details_pb2.QuotaFailure()
+    failure.violations.add(
+        subject=f"token:{error.subject}",
+        description=f"{error.quota} is {error.limit}",
+        quota_id=error.quota,
+        quota_value=error.limit,
+    )
+    if error.retry_after_s is None:
+        return (failure,)
     delay = duration_pb2.Duration()
     delay.FromMilliseconds(round(error.retry_after_s * 1000))
-    return (error_details_pb2.RetryInfo(retry_delay=delay),)
+    return (failure, error_details_pb2.RetryInfo(retry_delay=delay))
+
+
+def _blocked(error: EngineError) -> Sequence[Message]:
+    assert isinstance(error, PolicyBlockedError)
+    metadata = {"rule": error.rule, "direction": error.direction, "field": error.field}
+    return (
+        error_details_pb2.ErrorInfo(
+            reason=POLICY_BLOCKED_REASON, domain=ERROR_DOMAIN, metadata=metadata
+        ),
+    )
 
 
 def _none(_error: EngineError) -> Sequence[Message]:
@@ -102,10 +173,20 @@ def _none(_error: EngineError) -> Sequence[Message]:
 _TABLE: dict[type, tuple[grpc.StatusCode, Callable[[EngineError], Sequence[Message]]]] = {
     InvalidRequestError: (grpc.StatusCode.INVALID_ARGUMENT, _invalid),
     QueueFullError: (grpc.StatusCode.RESOURCE_EXHAUSTED, _retry_after),
+    QuotaExceededError: (grpc.StatusCode.RESOURCE_EXHAUSTED, _quota),
+    UnauthenticatedError: (grpc.StatusCode.UNAUTHENTICATED, _none),
+    PermissionDeniedError: (grpc.StatusCode.PERMISSION_DENIED, _none),
+    QueueTimeError: (grpc.StatusCode.RESOURCE_EXHAUSTED, _retry_after),
+    TokensInFlightError: (grpc.StatusCode.RESOURCE_EXHAUSTED, _retry_after),
+    TooManyRpcsError: (grpc.StatusCode.RESOURCE_EXHAUSTED, _retry_after),
+    MessageTooLargeError: (grpc.StatusCode.RESOURCE_EXHAUSTED, _none),
+    SlowReaderError: (grpc.StatusCode.RESOURCE_EXHAUSTED, _none),
+    OutOfMemoryError: (grpc.StatusCode.RESOURCE_EXHAUSTED, _none),
     EngineUnavailableError: (grpc.StatusCode.UNAVAILABLE, _retry_after),
     DeadlineExceededError: (grpc.StatusCode.DEADLINE_EXCEEDED, _none),
     EngineStepError: (grpc.StatusCode.INTERNAL, _none),
     InternalError: (grpc.StatusCode.INTERNAL, _none),
+    PolicyBlockedError: (grpc.StatusCode.PERMISSION_DENIED, _blocked),
     # `serve` stops on this one before any RPC can see it.
     BackendLoadError: (grpc.StatusCode.FAILED_PRECONDITION, _none),
 }

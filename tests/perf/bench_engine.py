@@ -8,18 +8,20 @@ import pytest
 
 from gptjet.service.backends.mock import MockBackend, successor
 from gptjet.service.engine.engine import Engine
+from gptjet.service.engine.observer import StepObserver
 from gptjet.service.engine.request import SamplingParams, new_request
 from gptjet.service.engine.scheduler import Scheduler
 from gptjet.service.engine.tokenizer import ByteTokenizer
+from gptjet.service.observability.metrics import Metrics
 
 _CONTEXT = 1_000_000
 _ENDLESS = SamplingParams(max_new_tokens=_CONTEXT - 1, ignore_eos=True)
 
 
-def endless_engine(streams: int) -> Engine:
+def endless_engine(streams: int, observer: StepObserver | None = None) -> Engine:
     blocks = streams * _CONTEXT // 16 + streams
     backend = MockBackend(max_context=_CONTEXT, num_kv_blocks=blocks)
-    engine = Engine(backend, ByteTokenizer())
+    engine = Engine(backend, ByteTokenizer(), observer=observer)
     for _ in range(streams):
         engine.add(new_request((ord("a"),), _ENDLESS))
     # Prefill and decode take turns until every stream runs.
@@ -28,9 +30,11 @@ def endless_engine(streams: int) -> Engine:
     return engine
 
 
+@pytest.mark.parametrize("metrics", [False, True], ids=["", "metrics"])
 @pytest.mark.parametrize("streams", [1, 8, 64])
-def bench_decode_step(bench: Any, streams: int) -> None:
-    engine = endless_engine(streams)
+def bench_decode_step(bench: Any, streams: int, metrics: bool) -> None:
+    """With metrics on and off: what counting costs a step."""
+    engine = endless_engine(streams, Metrics() if metrics else None)
 
     def check() -> None:
         """Every stream gets the letter after its last one."""

@@ -10,21 +10,25 @@ import tomllib
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 from google.protobuf import descriptor_pb2
-from google.protobuf.descriptor import Descriptor, EnumDescriptor
+from google.protobuf.descriptor import Descriptor, EnumDescriptor, ServiceDescriptor
 from packaging.requirements import Requirement
 from packaging.version import Version
 
+from gptjet.proto.v1 import admin_pb2, admin_pb2_grpc, text_generation_pb2_grpc
 from gptjet.proto.v1 import text_generation_pb2 as pb
-from gptjet.proto.v1 import text_generation_pb2_grpc as pb_grpc
 from gptjet.service.engine.request import FinishReason, SamplingParams
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 V1 = ROOT / "proto" / "v1"
-FILE = pb.DESCRIPTOR
-SERVICE = FILE.services_by_name["TextGeneration"]
+# The modules of each contract, and the service in it.
+CONTRACTS: dict[str, tuple[Any, Any, str]] = {
+    "text_generation": (pb, text_generation_pb2_grpc, "TextGeneration"),
+    "admin": (admin_pb2, admin_pb2_grpc, "Admin"),
+}
 
 
 def walk(descriptor: Descriptor) -> Iterator[Descriptor]:
@@ -35,18 +39,34 @@ def walk(descriptor: Descriptor) -> Iterator[Descriptor]:
             yield from walk(nested)
 
 
-MESSAGES = [message for top in FILE.message_types_by_name.values() for message in walk(top)]
+def service_of(name: str) -> ServiceDescriptor:
+    """Return the service of a contract."""
+    messages, _, service = CONTRACTS[name]
+    return messages.DESCRIPTOR.services_by_name[service]
+
+
+def messages_of(name: str) -> list[Descriptor]:
+    """Return every message of a contract."""
+    tops = CONTRACTS[name][0].DESCRIPTOR.message_types_by_name.values()
+    return [message for top in tops for message in walk(top)]
+
+
+MESSAGES = [message for name in CONTRACTS for message in messages_of(name)]
 ENUMS: list[EnumDescriptor] = [
-    *FILE.enum_types_by_name.values(),
+    *(e for m, _, _ in CONTRACTS.values() for e in m.DESCRIPTOR.enum_types_by_name.values()),
     *(enum for message in MESSAGES for enum in message.enum_types),
 ]
 
 
-def compiled(folder: Path) -> descriptor_pb2.FileDescriptorProto:
+def test_every_proto_file_is_a_contract_that_is_tested_here() -> None:
+    assert {path.stem for path in V1.glob("*.proto")} == CONTRACTS.keys()
+
+
+def compiled(folder: Path, name: str) -> descriptor_pb2.FileDescriptorProto:
     """Return the .proto files as the installed protoc reads them."""
     output = folder / "descriptors.bin"
     command = [sys.executable, "-m", "grpc_tools.protoc", f"-Igptjet/proto={ROOT / 'proto'}"]
-    command += [f"--descriptor_set_out={output}", "gptjet/proto/v1/text_generation.proto"]
+    command += [f"--descriptor_set_out={output}", f"gptjet/proto/v1/{name}.proto"]
     subprocess.run(command, check=True, cwd=folder)
     (file,) = descriptor_pb2.FileDescriptorSet.FromString(output.read_bytes()).file
     return file
@@ -68,14 +88,16 @@ def without_json_names(
     return file
 
 
-def test_the_stubs_are_generated_from_this_proto(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", CONTRACTS)
+def test_the_stubs_are_generated_from_this_proto(tmp_path: Path, name: str) -> None:
     """Run `make proto` where this fails. Compared as descriptors: any protoc version gives them."""
     committed = descriptor_pb2.FileDescriptorProto()
-    FILE.CopyToProto(committed)
-    assert without_json_names(committed) == without_json_names(compiled(tmp_path))
+    CONTRACTS[name][0].DESCRIPTOR.CopyToProto(committed)
+    assert without_json_names(committed) == without_json_names(compiled(tmp_path, name))
 
 
-def test_the_service_stub_has_every_rpc_with_its_types() -> None:
+@pytest.mark.parametrize("name", CONTRACTS)
+def test_the_service_stub_has_every_rpc_with_its_types(name: str) -> None:
     class Recorder:
         """A channel that notes what the stub asks it for."""
 
@@ -89,21 +111,23 @@ def test_the_service_stub_has_every_rpc_with_its_types() -> None:
             return record
 
     channel = Recorder()
-    pb_grpc.TextGenerationStub(channel)
+    messages, stubs, service = CONTRACTS[name]
+    getattr(stubs, f"{service}Stub")(channel)
     expected = {
-        f"/gptjet.v1.TextGeneration/{method.name}": (
+        f"/gptjet.v1.{service}/{method.name}": (
             f"{'stream' if method.client_streaming else 'unary'}"
             f"_{'stream' if method.server_streaming else 'unary'}",
-            getattr(pb, method.output_type.name).FromString,
+            getattr(messages, method.output_type.name).FromString,
         )
-        for method in SERVICE.methods
+        for method in service_of(name).methods
     }
     assert channel.calls == expected
-    for method in SERVICE.methods:
-        assert callable(getattr(pb_grpc.TextGenerationServicer, method.name))
+    for method in service_of(name).methods:
+        assert callable(getattr(getattr(stubs, f"{service}Servicer"), method.name))
 
 
-def test_the_type_stubs_name_every_message_field_and_rpc() -> None:
+@pytest.mark.parametrize("name", CONTRACTS)
+def test_the_type_stubs_name_every_message_field_and_rpc(name: str) -> None:
     def classes(path: Path) -> dict[str, set[str]]:
         found: dict[str, set[str]] = {}
 
@@ -123,22 +147,24 @@ def test_the_type_stubs_name_every_message_field_and_rpc() -> None:
                 visit(node)
         return found
 
-    typed = classes(V1 / "text_generation_pb2.pyi")
-    for message in MESSAGES:
+    typed = classes(V1 / f"{name}_pb2.pyi")
+    for message in messages_of(name):
         assert {field.name for field in message.fields} <= typed[message.name], message.name
-    stub = classes(V1 / "text_generation_pb2_grpc.pyi")["TextGenerationStub"]
-    assert {method.name for method in SERVICE.methods} == stub
+    service = service_of(name)
+    stub = classes(V1 / f"{name}_pb2_grpc.pyi")[f"{service.name}Stub"]
+    assert {method.name for method in service.methods} == stub
 
 
+@pytest.mark.parametrize("name", CONTRACTS)
 @pytest.mark.parametrize(
     ("distribution", "module", "pattern"),
     [
-        ("grpcio", "text_generation_pb2_grpc.py", r"GRPC_GENERATED_VERSION = '([\d.]+)'"),
-        ("protobuf", "text_generation_pb2.py", r"# Protobuf Python Version: ([\d.]+)"),
+        ("grpcio", "pb2_grpc.py", r"GRPC_GENERATED_VERSION = '([\d.]+)'"),
+        ("protobuf", "pb2.py", r"# Protobuf Python Version: ([\d.]+)"),
     ],
 )
 def test_the_stubs_run_on_the_oldest_runtime_that_may_be_installed(
-    distribution: str, module: str, pattern: str
+    name: str, distribution: str, module: str, pattern: str
 ) -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     (allowed,) = (
@@ -147,14 +173,15 @@ def test_the_stubs_run_on_the_oldest_runtime_that_may_be_installed(
         if requirement.name == distribution
     )
     (lowest,) = (Version(item.version) for item in allowed if item.operator == ">=")
-    match = re.search(pattern, (V1 / module).read_text(encoding="utf-8"))
+    match = re.search(pattern, (V1 / f"{name}_{module}").read_text(encoding="utf-8"))
     assert match is not None
     assert Version(match[1]) <= lowest
 
 
-def test_no_rpc_shares_its_request_or_response() -> None:
+@pytest.mark.parametrize("name", CONTRACTS)
+def test_no_rpc_shares_its_request_or_response(name: str) -> None:
     """So each can gain fields without touching another."""
-    for method in SERVICE.methods:
+    for method in service_of(name).methods:
         assert method.input_type.name == f"{method.name}Request"
         assert method.output_type.name == f"{method.name}Response"
 
@@ -219,5 +246,6 @@ def test_an_unknown_field_of_a_newer_caller_is_kept_out_of_the_way() -> None:
 
 
 def test_the_package_on_the_wire_is_versioned() -> None:
-    assert FILE.package == "gptjet.v1"
-    assert SERVICE.full_name == "gptjet.v1.TextGeneration"
+    assert {messages.DESCRIPTOR.package for messages, _, _ in CONTRACTS.values()} == {"gptjet.v1"}
+    assert service_of("text_generation").full_name == "gptjet.v1.TextGeneration"
+    assert service_of("admin").full_name == "gptjet.v1.Admin"

@@ -17,9 +17,11 @@ from gptjet.service.client import (
     Client,
     FinishReason,
     GptjetError,
+    PermissionDeniedError,
     QueueFullError,
     ResourceExhaustedError,
     RetryPolicy,
+    UnauthenticatedError,
     UnavailableError,
 )
 from gptjet.service.engine.errors import EngineUnavailableError
@@ -163,7 +165,9 @@ async def test_full_queue_is_retried_only_when_asked(serve_scripted: Any) -> Non
     [
         (grpc.StatusCode.RESOURCE_EXHAUSTED, ResourceExhaustedError),
         (grpc.StatusCode.CANCELLED, CancelledError),
-        (grpc.StatusCode.PERMISSION_DENIED, GptjetError),
+        (grpc.StatusCode.UNAUTHENTICATED, UnauthenticatedError),
+        (grpc.StatusCode.PERMISSION_DENIED, PermissionDeniedError),
+        (grpc.StatusCode.DATA_LOSS, GptjetError),
     ],
 )
 async def test_status_without_details_is_still_an_error_of_ours(

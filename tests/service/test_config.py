@@ -47,6 +47,16 @@ def test_cuda_graphs_are_switched_by_every_source(
     assert not load_config(file, cuda_graphs=False).cuda_graphs
 
 
+def test_limits_come_from_every_source_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = write(tmp_path, "max_queue_time_s = 1\nmax_connections = 2\nreuse_port = true\n")
+    monkeypatch.setenv("GPTJET_MAX_QUEUE_TIME_S", "3")
+    monkeypatch.setenv("GPTJET_MAX_CONNECTIONS", "4")
+    config = load_config(file, max_queue_time_s=5.5)
+    assert (config.max_queue_time_s, config.max_connections, config.reuse_port) == (5.5, 4, True)
+    assert config.engine.max_queue_time_s == 5.5
+    assert config.slow_reader_timeout_s == 30.0
+
+
 def test_flag_that_is_none_was_not_given(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GPTJET_PORT", "3")
     assert load_config(port=None).port == 3
@@ -153,6 +163,10 @@ def test_the_engines_part_has_the_engines_defaults() -> None:
         "max_sequences": 1,
         "prefix_cache": False,
         "max_prefill_tokens": 64,
+        "max_queue_time_s": 2.5,
+        "max_tokens_in_flight": 5000,
+        "step_timeout_s": 7.5,
+        "max_failed_steps": 3,
     }
     assert ServerConfig(**changed).engine == EngineConfig(**changed)
     assert changed.keys() == EngineConfig.model_fields.keys()

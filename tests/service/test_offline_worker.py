@@ -47,6 +47,43 @@ def test_several_prompts_share_their_decode_steps(engine: Engine) -> None:
     assert max(sizes) == 2
 
 
+def test_a_late_prompt_comes_when_every_stream_has_the_tokens_asked_for(engine: Engine) -> None:
+    lengths: list[list[int]] = []
+    prefill = engine.backend.prefill
+
+    def watched(batch: ScheduledBatch) -> Any:
+        lengths.append([len(sequence.token_ids) for sequence in batch.sequences])
+        return prefill(batch)
+
+    engine.backend.prefill = watched  # type: ignore[method-assign]
+    late = {"prompt": list(b"klm"), "after_tokens": 3}
+    asked = {"prompts": [list(b"a"), list(b"b")], "output_tokens": 9, "late": late}
+    made = offline_worker.answer(engine, asked)
+    assert [bytes(stream["tokens"]) for stream in made["streams"]] == [b"bcdefghij", b"cdefghijk"]
+    assert lengths[-1] == [3]
+    times = made["streams"][0]["token_ms"]
+    assert times[2] <= made["late"]["added_ms"] <= times[4]
+    assert 0 < made["late"]["ttft_ms"] < made["e2e_ms"]
+    never = offline_worker.answer(engine, asked | {"late": {"prompt": [1], "after_tokens": 99}})
+    assert "never came: after 99 tokens" in never["error"]
+
+
+def test_what_a_child_held_while_loading_counts_with_what_this_process_held() -> None:
+    watch = offline_worker._Loading()
+    with watch:
+        held = "import time; b = bytearray(60 << 20); print(1, flush=True); time.sleep(0.5)"
+        with subprocess.Popen([sys.executable, "-S", "-c", held], stdout=subprocess.PIPE) as child:
+            assert child.stdout is not None
+            child.stdout.readline()
+    own = offline_worker.peak_memory_bytes()
+    assert own is not None
+    assert watch.peak_bytes > own + (60 << 20)
+    alone = offline_worker._Loading()
+    with alone:
+        pass
+    assert alone.peak_bytes == 0
+
+
 def test_a_prompt_that_does_not_fit_is_refused_and_the_next_one_runs(engine: Engine) -> None:
     refused = offline_worker.answer(
         engine, {"prompts": [[1], list(range(100))], "output_tokens": 4}

@@ -168,6 +168,7 @@ static gj_operand prepare(const pass *p, int thread, const gj_weight *weight, in
     work.values = alone ? mine->values : m->normal;
     work.quantized = alone ? mine->quantized : m->quantized;
     work.quantized_stride = quantize ? gj_quantized_bytes(weight) : 0;
+    if (alone && gj_is_late(m->pool, thread)) rows = 0;
     if (alone)
         for (int row = 0; row < rows; row++) prepare_row(&work, thread, (size_t)row);
     else gj_share(m->pool, thread, (size_t)rows, prepare_row, &work);

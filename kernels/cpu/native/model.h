@@ -92,6 +92,10 @@ uint64_t gj_bytes(const gj_model *model);
 int gj_forward(gj_model *model, const gj_batch *batch, int32_t *where);
 int gj_check(gj_model *model, const gj_batch *batch, int32_t *where);
 
+/* bandwidth.c: seconds[repeats] that the threads of a pool took to read `bytes` of memory together,
+ * on average over `rounds`. GJ_OK or GJ_NO_MEMORY. */
+int gj_measure_read(int num_threads, uint64_t bytes, int rounds, int repeats, double *seconds);
+
 /* weights.c */
 void gj_weight_clear(gj_weight *weight);
 void gj_weight_pack(gj_pool *pool, gj_weight *weight, int first_row, int rows, const void *values,

@@ -150,6 +150,11 @@ void gj_share(gj_pool *pool, int thread, size_t count, gj_task task, void *conte
     wait_for_change(&pool->phase, phase);
 }
 
+bool gj_is_late(const gj_pool *pool, int thread) {
+    uint32_t completed = atomic_load_explicit(&pool->phase.value, memory_order_acquire);
+    return (int32_t)(completed - pool->next_phase[thread]) > 0;
+}
+
 static void *work(void *argument) {
     worker_argument mine = *(worker_argument *)argument;
     free(argument);

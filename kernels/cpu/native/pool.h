@@ -2,6 +2,7 @@
 #ifndef GPTJET_POOL_H
 #define GPTJET_POOL_H
 
+#include <stdbool.h>
 #include <stddef.h>
 
 typedef struct gj_pool gj_pool;
@@ -24,5 +25,9 @@ void gj_pool_run(gj_pool *pool, gj_region region, void *context);
  * then do its part. It finds the phase over when it comes. What a region does outside of shares
  * must therefore write nothing that another thread reads. */
 void gj_share(gj_pool *pool, int thread, size_t count, gj_task task, void *context);
+
+/* Inside a region: whether the next share is over already, so that nothing need be made ready for
+ * it. A thread that comes late runs through a region without work. */
+bool gj_is_late(const gj_pool *pool, int thread);
 
 #endif

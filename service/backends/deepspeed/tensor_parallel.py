@@ -15,6 +15,7 @@ the job once NCCL's watchdog has; nothing here tries to mend it.
 
 from __future__ import annotations
 
+import atexit
 import enum
 import logging
 import os
@@ -109,8 +110,19 @@ class Announcer:
 
 def open_announcements() -> Any:
     """The group that announcements travel over. Every rank calls it, once DeepSpeed has joined
-    them."""
-    return distributed.new_group(backend="gloo", timeout=_WAIT)
+    them.
+
+    The process leaves all groups when it exits. Left to the interpreter's end, gloo's threads ask
+    for the interpreter's lock when it is gone, which aborts the process now and then.
+    """
+    group = distributed.new_group(backend="gloo", timeout=_WAIT)
+    atexit.register(_leave_groups)
+    return group
+
+
+def _leave_groups() -> None:
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 @torch.inference_mode()

@@ -40,8 +40,8 @@ def num_kv_blocks(
     if wanted > fitting:
         raise BackendLoadError(
             f"the KV cache does not fit: {wanted * BLOCK_SIZE} tokens take "
-            f"{format_bytes(wanted * size)}, {format_bytes(budget_bytes)} are free for it after "
-            f"the weights; lower kv_cache_tokens or free memory"
+            f"{format_bytes(wanted * size)}, and its share of the memory that is free after the "
+            f"weights is {format_bytes(budget_bytes)}; lower kv_cache_tokens or free memory"
         )
     return min(useful, fitting) if kv_cache_tokens is None else wanted
 

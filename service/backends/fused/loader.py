@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from gptjet.kernels.batch import BlockGeometry
 from gptjet.kernels.gpu.model import GpuModel
-from gptjet.service.backends import huggingface, layerwise, parity
+from gptjet.service.backends import parity
 from gptjet.service.backends.device import (
     choose_device,
     choose_weight_type,
@@ -23,6 +24,7 @@ from gptjet.service.backends.device import (
 from gptjet.service.backends.factory import LoadedModel
 from gptjet.service.backends.fused import gpu, proof
 from gptjet.service.backends.fused.backend import FusedBackend
+from gptjet.service.backends.fused.groundwork import Groundwork, open_reference
 from gptjet.service.backends.fused.kv_cache import allocate_kv_cache, num_kv_blocks
 from gptjet.service.backends.fused.model import (
     WEIGHT_TYPES,
@@ -36,17 +38,12 @@ from gptjet.service.backends.fused.runner import ModelRunner
 from gptjet.service.backends.threads import choose_cpu_threads
 from gptjet.service.engine.backend import BackendSpec, ParityStatus, ParityVerdict
 from gptjet.service.engine.errors import BackendLoadError
-from gptjet.service.models.architecture import build_config, verify_architecture
 from gptjet.service.models.checkpoint import Checkpoint, resolve_checkpoint
 from gptjet.service.models.fused import families
-from gptjet.service.models.fused.weights import (
-    FusedWeights,
-    load_fused_weights,
-    quantized_weight_type,
-)
-from gptjet.service.models.geometry import eos_token_ids
-from gptjet.service.models.memory import format_bytes
-from gptjet.service.models.tokenizer import load_tokenizer
+from gptjet.service.models.fused.description import Description
+from gptjet.service.models.fused.weights import load_fused_weights, quantized_weight_type
+from gptjet.service.models.memory import format_bytes, trim_heap
+from gptjet.service.models.tokenizer import TransformersTokenizer, load_tokenizer
 
 if TYPE_CHECKING:
     from gptjet.service.backends.factory import LoadOptions
@@ -70,14 +67,18 @@ class _Plan:
     """What is decided before a weight is read."""
 
     checkpoint: Checkpoint
-    config: Any
     class_name: str
-    geometry: BlockGeometry
+    description: Description
     weight_type: str
     device: torch.device
     num_threads: int
     num_parameters: int
     prompts: tuple[tuple[int, ...], ...]
+
+    @property
+    def geometry(self) -> BlockGeometry:
+        """Sizes of the model."""
+        return self.description.geometry
 
 
 def load(options: LoadOptions) -> LoadedModel:
@@ -93,19 +94,21 @@ def load(options: LoadOptions) -> LoadedModel:
         allow_pickle=options.allow_pickle,
         local_files_only=options.local_files_only,
     )
-    plan = _plan(options, checkpoint, device)
-    # Always local: resolve_checkpoint has downloaded what there is.
-    tokenizer = load_tokenizer(checkpoint.path, local_files_only=True)
-    if tokenizer.vocab_size > plan.geometry.vocab_size:
-        raise BackendLoadError(
-            f"{checkpoint.path}: the tokenizer has {tokenizer.vocab_size} ids and the model "
-            f"{plan.geometry.vocab_size}: they do not belong together"
-        )
+    families.check_family(checkpoint)
+    weight_type = choose_weight_type(options.dtype, device, quantized_weight_type(checkpoint))
+    check_weight_type(weight_type, device)
+    num_threads = choose_cpu_threads(options.cpu_threads)
+    with contextlib.closing(open_reference(checkpoint, device, num_threads)) as reference:
+        groundwork = reference.describe()
+        check_kv_cache_dtype(options.kv_cache_dtype, groundwork.description.geometry, device)
+        plan = _plan(checkpoint, groundwork, weight_type, device, num_threads)
+        references = reference.record(WEIGHT_TYPES[weight_type], plan.prompts)
+    tokenizer = _open_tokenizer(plan, groundwork)
     threads = torch.get_num_threads()
     if device.type == "cpu":
         torch.set_num_threads(plan.num_threads)
     try:
-        served = _load_and_prove(options, plan, threads)
+        served = _load_and_prove(options, plan, references, threads)
     except BaseException:
         torch.set_num_threads(threads)
         raise
@@ -116,11 +119,18 @@ def load(options: LoadOptions) -> LoadedModel:
 
 
 def _load_and_prove(
-    options: LoadOptions, plan: _Plan, torch_threads: int
+    options: LoadOptions,
+    plan: _Plan,
+    references: dict[str, list[parity.Trace]],
+    torch_threads: int,
 ) -> FusedBackend | ParityVerdict:
     """The backend, or the verdict it failed with, its memory given back."""
-    references = _record(plan)
-    weights = _load_weights(plan, progress=options.progress)
+    weights = load_fused_weights(
+        plan.checkpoint,
+        WEIGHT_TYPES[plan.weight_type],
+        progress=options.progress,
+        description=plan.description,
+    )
     computer = build_model(
         weights,
         plan.weight_type,
@@ -130,6 +140,7 @@ def _load_and_prove(
     )
     num_parameters = weights.num_parameters
     del weights
+    trim_heap()
     limits = _limits(options, plan, computer)
     try:
         kv_dtype = choose_kv_dtype(options.kv_cache_dtype, computer)
@@ -165,22 +176,15 @@ def _graph_recorder(
     return functools.partial(gpu.record_graphs, model, runner.kv_cache, progress=options.progress)
 
 
-def _plan(options: LoadOptions, checkpoint: Checkpoint, device: torch.device) -> _Plan:
-    families.check_family(checkpoint)
-    stored = quantized_weight_type(checkpoint)
-    weight_type = choose_weight_type(options.dtype, device, stored)
-    check_weight_type(weight_type, device)
-    if stored is None:
-        architecture = verify_architecture(checkpoint)
-        config, class_name = architecture.config, architecture.class_name
-        num_parameters = architecture.num_parameters
-    else:
-        config = build_config(checkpoint, allow_quantized=True)
-        class_name = families.check_family(checkpoint).class_name
-        num_parameters = 0
-    geometry = families.block_geometry(checkpoint, config)
-    check_kv_cache_dtype(options.kv_cache_dtype, geometry, device)
-    num_parameters = num_parameters or _count_parameters(geometry)
+def _plan(
+    checkpoint: Checkpoint,
+    groundwork: Groundwork,
+    weight_type: str,
+    device: torch.device,
+    num_threads: int,
+) -> _Plan:
+    description = groundwork.description
+    num_parameters = _count_parameters(description)
     needed = int(num_parameters * _BYTES[weight_type])
     free = free_bytes(device)
     if needed > free:
@@ -188,50 +192,44 @@ def _plan(options: LoadOptions, checkpoint: Checkpoint, device: torch.device) ->
             f"{checkpoint.path} does not fit on {device}: its weights take {format_bytes(needed)} "
             f"in {weight_type}, {format_bytes(free)} are free"
         )
+    parts = groundwork.tokenizer
+    if parts is not None:
+        _check_vocabulary(checkpoint, parts.vocab_size, description.geometry)
     return _Plan(
         checkpoint,
-        config,
-        class_name,
-        geometry,
+        families.check_family(checkpoint).class_name,
+        description,
         weight_type,
         device,
-        choose_cpu_threads(options.cpu_threads),
+        num_threads,
         num_parameters,
-        proof.choose_probes(geometry, num_parameters, device),
+        proof.choose_probes(description.geometry, num_parameters, device),
     )
 
 
-def _count_parameters(geometry: BlockGeometry) -> int:
+def _count_parameters(description: Description) -> int:
+    """But for biases and norms; `load_fused_weights` counts those too."""
+    geometry = description.geometry
     hidden, inner = geometry.hidden_size, geometry.inner_size
     block = 4 * hidden * hidden + 2 * hidden * inner
-    return geometry.num_layers * block + 2 * geometry.vocab_size * hidden
+    matrices = 1 if description.is_tied else 2
+    return geometry.num_layers * block + matrices * geometry.vocab_size * hidden
 
 
-def _load_weights(plan: _Plan, *, progress: bool) -> FusedWeights:
-    return load_fused_weights(plan.checkpoint, WEIGHT_TYPES[plan.weight_type], progress=progress)
+def _open_tokenizer(plan: _Plan, groundwork: Groundwork) -> TransformersTokenizer:
+    if groundwork.tokenizer is not None:
+        return TransformersTokenizer.from_parts(groundwork.tokenizer)
+    tokenizer = load_tokenizer(plan.checkpoint.path, local_files_only=True)
+    _check_vocabulary(plan.checkpoint, tokenizer.vocab_size, plan.geometry)
+    return tokenizer
 
 
-def _record(plan: _Plan) -> dict[str, list[parity.Trace]]:
-    """The references to hold the fused path to, before it is loaded.
-
-    "weights": of the very values that will be served. "floats": of the weights as they were before
-    they were quantised here.
-    """
-    references = {}
-    is_quantized = plan.weight_type not in ("float32", "float16", "bfloat16")
-    if not plan.checkpoint.is_quantized:
-        if plan.checkpoint.is_pickle:
-            _load_weights(plan, progress=False)  # its tensors are not known, and checked, before
-        source = layerwise.StoredWeights(plan.checkpoint, plan.config)
-        name = "floats" if is_quantized else "weights"
-        references[name] = proof.record_reference(source, plan.prompts, plan.geometry, plan.device)
-    if is_quantized:
-        values = layerwise.FusedValues(_load_weights(plan, progress=False))
-        references["weights"] = proof.record_reference(
-            values, plan.prompts, plan.geometry, plan.device
+def _check_vocabulary(checkpoint: Checkpoint, vocab_size: int, geometry: BlockGeometry) -> None:
+    if vocab_size > geometry.vocab_size:
+        raise BackendLoadError(
+            f"{checkpoint.path}: the tokenizer has {vocab_size} ids and the model "
+            f"{geometry.vocab_size}: they do not belong together"
         )
-    give_back(plan.device)
-    return references
 
 
 def _limits(options: LoadOptions, plan: _Plan, computer: Computer) -> dict[str, int]:
@@ -317,9 +315,7 @@ def _serve(
         max_draft_tokens=_MAX_DRAFT_TOKENS,
         # One segment a pass is for the sake of determinism: then a step is many passes.
         samples_on_device=isinstance(computer.model, GpuModel) and not options.deterministic,
-        eos_token_ids=eos_token_ids(
-            plan.config, plan.checkpoint.generation_config, geometry.vocab_size
-        ),
+        eos_token_ids=plan.description.eos_token_ids,
         parity=verdict,
     )
     return ModelRunner(computer.model, geometry, cache, **limits), spec
@@ -348,6 +344,8 @@ def _fall_back(options: LoadOptions, plan: _Plan, verdict: ParityVerdict) -> Loa
         dtype=plan.weight_type if is_float else "auto",
         kv_cache_dtype="auto",
     )
+    from gptjet.service.backends import huggingface
+
     loaded = huggingface.load(chosen)
     detail = f"asked for fused, serving huggingface: {verdict.detail}"
     spec = dataclasses.replace(

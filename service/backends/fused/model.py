@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -12,15 +10,14 @@ import torch
 from gptjet.kernels.batch import BlockGeometry
 from gptjet.kernels.cpu import CpuModel, NativeUnavailableError, native_library
 from gptjet.kernels.gpu.availability import KernelsUnavailableError
-from gptjet.kernels.weights import DenseWeight, HeadWeights, Int8Weight, LayerWeights, Weight
 from gptjet.service.backends.fused import gpu
 from gptjet.service.backends.fused.placing import head_to, layers_to
 from gptjet.service.backends.fused.runner import FusedModel
 from gptjet.service.engine.errors import BackendLoadError
-from gptjet.service.models.architecture import one_line
 from gptjet.service.models.fused.forward import TorchModel
 from gptjet.service.models.fused.layout import WeightType
 from gptjet.service.models.fused.weights import FusedWeights
+from gptjet.service.models.messages import one_line
 
 logger = logging.getLogger(__name__)
 
@@ -120,8 +117,9 @@ def build_model(
         native = CpuModel.pack(
             weights.geometry,
             weights.head,
-            _giving_up_head(weights.head, layers),
+            layers,
             num_threads=num_threads,
+            take=True,
         )
     except NativeUnavailableError as error:
         reason = one_line(error)
@@ -140,24 +138,6 @@ def build_model(
             f"the CPU kernels cannot take the weights: {one_line(error)}"
         ) from error
     return Computer(native, torch.float32, True, f"CPU kernels on {num_threads} threads")
-
-
-def _giving_up_head(head: HeadWeights, layers: Iterator[LayerWeights]) -> Iterator[LayerWeights]:
-    """The layers; the head's memory goes between the first two.
-
-    `pack` has copied the head before it asks for a second layer, and its caller's own head would
-    stay beside that copy until the end: at a width of 4096, half of an INT8 model again.
-    """
-    yield from itertools.islice(layers, 1)
-    for weight in (head.embedding, _stored(head.lm_head)):
-        weight.data = weight.new_empty(0)
-    yield from layers
-
-
-def _stored(weight: Weight) -> torch.Tensor:
-    if isinstance(weight, DenseWeight):
-        return weight.weight
-    return weight.quantized if isinstance(weight, Int8Weight) else weight.packed
 
 
 def _build_on_gpu(

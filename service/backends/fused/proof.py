@@ -1,15 +1,15 @@
 """The parity gate of the fused backend: probes of transformers' forward, before and after loading.
 
-The reference runs first, one block at a time, so the process never holds two models. It computes
-in float32 whatever the fused path computes in. Of INT8 and INT4 weights it takes the values that
-they stand for: what is judged is our computing. What quantising itself costs is another question,
-which `gptjet quantize` answers in perplexity; where it is done on loading, it is bounded here too.
-So it is with a KV cache of less than what is computed in: first the computing, then the cache.
+The reference (see `reference`) runs first, one matrix at a time, so no two models are ever held. It
+computes in float32 whatever the fused path computes in. Of INT8 and INT4 weights it takes the
+values that they stand for: what is judged is our computing. What quantising itself costs is another
+question, which `gptjet quantize` answers in perplexity; where it is done on loading, it is bounded
+here too. So it is with a KV cache of less than what is computed in: first the computing, then the
+cache.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -17,14 +17,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from gptjet.kernels.batch import BLOCK_SIZE, BlockGeometry
-from gptjet.service.backends import layerwise, parity
+from gptjet.service.backends import parity
 from gptjet.service.backends.fused.kv_cache import allocate_kv_cache
 from gptjet.service.backends.fused.runner import ModelRunner, Segment
 from gptjet.service.engine.backend import ParityStatus, ParityVerdict
 
 if TYPE_CHECKING:
     from gptjet.service.backends.fused.model import Computer
-    from gptjet.service.backends.layerwise import WeightSource
 
 # Of the probes, on a CPU: some seconds of two slow cores. A GPU runs all of them.
 _CPU_FLOP = 2e11
@@ -37,30 +36,6 @@ def choose_probes(
     """Probe prompts; of a large model on a CPU only the shorter ones, by their arithmetic."""
     max_tokens = None if device.type == "cuda" else int(_CPU_FLOP / (2 * num_parameters))
     return parity.probe_prompts(geometry.vocab_size, geometry.max_context, max_tokens)
-
-
-def record_reference(
-    source: WeightSource,
-    prompts: Sequence[Sequence[int]],
-    geometry: BlockGeometry,
-    device: torch.device,
-) -> list[parity.Trace]:
-    """What transformers' blocks compute for the probes from these weights."""
-    return parity.record_forced(
-        functools.partial(_last_logits, source, device),
-        prompts,
-        geometry.vocab_size,
-        geometry.max_context,
-    )
-
-
-def _last_logits(
-    source: WeightSource,
-    device: torch.device,
-    sequences: list[tuple[int, ...]],
-    wanted: list[int],
-) -> list[torch.Tensor]:
-    return layerwise.last_logits(source, sequences, wanted, device)
 
 
 # The CPU kernels multiply INT8 and INT4 weights by activations of 16 bits, half a unit of which is

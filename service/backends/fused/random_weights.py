@@ -21,6 +21,7 @@ from gptjet.kernels.weights import (
     quantize_int8,
 )
 from gptjet.service.backends.fused.model import WEIGHT_TYPES
+from gptjet.service.models.fused.description import Description
 from gptjet.service.models.fused.weights import FusedWeights
 
 GEOMETRIES: dict[str, BlockGeometry] = {
@@ -75,14 +76,14 @@ class RandomWeights:
     def weights(self) -> FusedWeights:
         """As the loader of a checkpoint gives them: the layers once, each drawn when asked for."""
         return FusedWeights(
-            config=None,
+            description=Description(self.geometry, is_tied=False, eos_token_ids=()),
             class_name="GPTJForCausalLM",
-            geometry=self.geometry,
             head=self.head(),
             weight_type=WEIGHT_TYPES[self.weight_type],
             num_parameters=count_parameters(self.geometry),
             quantization=None,
             read_layer=self.layer,
+            read_lm_head=lambda: self.head().lm_head,
             progress=False,
         )
 

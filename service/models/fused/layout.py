@@ -42,6 +42,7 @@ def build_weight(
 ) -> Weight:
     """The parts side by side along `dim` (0: their rows, 1: their columns) as `weight_type`.
 
+    One part that is of the type already is taken as it is.
     INT8 and INT4 are rounded to nearest. Raises BackendLoadError with `name` where a value cannot
     be held: not finite, or beyond float16.
     """
@@ -49,13 +50,16 @@ def build_weight(
     outputs = sum(part.shape[0] for part in parts) if dim == 0 else parts[0].shape[0]
     dtype = DENSE_DTYPES.get(weight_type)
     if dtype is not None:
+        if len(parts) == 1 and parts[0].dtype is dtype and parts[0].is_contiguous():
+            check_finite(parts[0], name, dtype)
+            return DenseWeight(parts[0], bias)
         dense = torch.empty(outputs, inputs, dtype=dtype)
         start = 0
         for part in parts:
             target = dense.narrow(dim, start, part.shape[dim])
             target.copy_(part)
-            check_finite(target, name, part.dtype)
             start += part.shape[dim]
+        check_finite(dense, name, parts[0].dtype)  # as a whole: some columns would be copied
         return DenseWeight(dense, bias)
     slices = _float_slices(parts, dim)
     if weight_type == "int8":

@@ -16,12 +16,12 @@ from gptjet.kernels.weights import (
     Weight,
 )
 from gptjet.service.engine.errors import BackendLoadError
-from gptjet.service.models.architecture import describe_mismatch
 from gptjet.service.models.checkpoint import Checkpoint
 from gptjet.service.models.fused import recipe as recipes
 from gptjet.service.models.fused.layout import check_finite
 from gptjet.service.models.fused.recipe import Recipe
 from gptjet.service.models.fused.tensors import TensorFiles
+from gptjet.service.models.messages import describe_mismatch
 from gptjet.service.models.safetensors_header import TensorInfo
 
 
@@ -44,7 +44,7 @@ class QuantizedFiles:
         _check_tensors(checkpoint, self._files, geometry, self.recipe)
 
     def read_head(self) -> HeadWeights:
-        """The head's own copy."""
+        """What stands outside the blocks."""
         names = [
             recipes.EMBEDDING,
             *(f"{recipes.FINAL_NORM}.{part}" for part in ("weight", "bias")),
@@ -52,14 +52,19 @@ class QuantizedFiles:
         ]
         with self._files.open(names) as held:
             return HeadWeights(
-                embedding=self._copy(held, recipes.EMBEDDING),
-                norm_weight=self._copy(held, f"{recipes.FINAL_NORM}.weight"),
-                norm_bias=self._copy(held, f"{recipes.FINAL_NORM}.bias"),
+                embedding=self._read(held, recipes.EMBEDDING),
+                norm_weight=self._read(held, f"{recipes.FINAL_NORM}.weight"),
+                norm_bias=self._read(held, f"{recipes.FINAL_NORM}.bias"),
                 lm_head=self._weight(held, recipes.LM_HEAD, self._geometry.hidden_size),
             )
 
+    def read_lm_head(self) -> Weight:
+        """The head's matrix alone."""
+        with self._files.open(self._names_of(recipes.LM_HEAD)) as held:
+            return self._weight(held, recipes.LM_HEAD, self._geometry.hidden_size)
+
     def read_layer(self, number: int) -> LayerWeights:
-        """One block's own copy."""
+        """One block."""
         prefix = f"layers.{number}."
         geometry = self._geometry
         names = [
@@ -70,8 +75,8 @@ class QuantizedFiles:
         joined = geometry.num_heads * geometry.head_dim + geometry.inner_size
         with self._files.open(names) as held:
             return LayerWeights(
-                norm_weight=self._copy(held, prefix + "norm.weight"),
-                norm_bias=self._copy(held, prefix + "norm.bias"),
+                norm_weight=self._read(held, prefix + "norm.weight"),
+                norm_bias=self._read(held, prefix + "norm.bias"),
                 w_in=self._weight(held, prefix + "w_in", geometry.hidden_size),
                 w_out=self._weight(held, prefix + "w_out", joined),
             )
@@ -81,16 +86,16 @@ class QuantizedFiles:
         return [f"{weight}.{part}" for part in (levels, "scale", "bias")]
 
     def _weight(self, held: Mapping[str, torch.Tensor], name: str, inputs: int) -> Weight:
-        levels, scale, bias = (self._copy(held, part) for part in self._names_of(name))
+        levels, scale, bias = (self._read(held, part) for part in self._names_of(name))
         if self.recipe.bits == 8:
             return Int8Weight(levels, scale, bias)
         return Int4Weight(levels, scale, inputs, INT4_GROUP, bias)
 
-    def _copy(self, held: Mapping[str, torch.Tensor], name: str) -> torch.Tensor:
-        copy = held[name].clone()
-        if copy.is_floating_point():
-            check_finite(copy, f"{self._path}: {name}", copy.dtype)
-        return copy
+    def _read(self, held: Mapping[str, torch.Tensor], name: str) -> torch.Tensor:
+        tensor = held[name]
+        if tensor.is_floating_point():
+            check_finite(tensor, f"{self._path}: {name}", tensor.dtype)
+        return tensor
 
 
 def tensors_of(name: str, weight: Weight) -> dict[str, torch.Tensor]:

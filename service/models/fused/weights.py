@@ -16,12 +16,12 @@ from rich.console import Console
 from rich.progress import track
 
 from gptjet.kernels.batch import BlockGeometry
-from gptjet.kernels.weights import DenseWeight, HeadWeights, LayerWeights
+from gptjet.kernels.weights import DenseWeight, HeadWeights, LayerWeights, Weight
 from gptjet.service.engine.errors import BackendLoadError
-from gptjet.service.models.architecture import build_config, describe_mismatch
 from gptjet.service.models.checkpoint import Checkpoint, is_ignorable_buffer
 from gptjet.service.models.fused import families
 from gptjet.service.models.fused import recipe as recipes
+from gptjet.service.models.fused.description import Description, describe
 from gptjet.service.models.fused.families import Family
 from gptjet.service.models.fused.layout import (
     DENSE_DTYPES,
@@ -33,6 +33,7 @@ from gptjet.service.models.fused.layout import (
 )
 from gptjet.service.models.fused.quantized import QuantizedFiles
 from gptjet.service.models.fused.tensors import TensorFiles
+from gptjet.service.models.messages import describe_mismatch
 
 _FLOAT_DTYPES = frozenset({"F64", "F32", "F16", "BF16"})
 
@@ -40,32 +41,34 @@ _FLOAT_DTYPES = frozenset({"F64", "F32", "F16", "BF16"})
 class FusedWeights:
     """A checkpoint's weights in the fused layout; the head is loaded, the layers follow once asked.
 
-    config          transformers' configuration
+    description     what was read out of the configuration
     class_name      "GPTJForCausalLM" or "CodeGenForCausalLM"
     num_parameters  of the model; tied weights once
     quantization    the recipe of a checkpoint that `gptjet quantize` wrote, else None
+    read_lm_head    reads lm_head once more, for who has given `head` back meanwhile
     """
 
     def __init__(
         self,
         *,
-        config: Any,
+        description: Description,
         class_name: str,
-        geometry: BlockGeometry,
         head: HeadWeights,
         weight_type: WeightType,
         num_parameters: int,
         quantization: Mapping[str, Any] | None,
         read_layer: Callable[[int], LayerWeights],
+        read_lm_head: Callable[[], Weight],
         progress: bool,
     ) -> None:
-        self.config = config
+        self.description = description
         self.class_name = class_name
-        self.geometry = geometry
+        self.geometry = description.geometry
         self.head = head
         self.weight_type = weight_type
         self.num_parameters = num_parameters
         self.quantization = quantization
+        self.read_lm_head = read_lm_head
         self._read_layer: Callable[[int], LayerWeights] | None = read_layer
         self._progress = progress
 
@@ -92,12 +95,18 @@ class FusedWeights:
 
 
 def load_fused_weights(
-    checkpoint: Checkpoint, weight_type: WeightType, *, progress: bool = True
+    checkpoint: Checkpoint,
+    weight_type: WeightType,
+    *,
+    progress: bool = True,
+    description: Description | None = None,
 ) -> FusedWeights:
     """Check a checkpoint of the GPT-J family and lay its weights out for two passes a layer.
 
     `weight_type` "int8" and "int4" quantise a float checkpoint on the fly (round to nearest); of
     one that `gptjet quantize` wrote it must be what it holds (`quantized_weight_type`).
+    `description` is the checkpoint's, where it is known already: without it transformers, which
+    takes 30 MiB of memory, is imported to read the configuration.
     `progress` draws a bar on stderr where that is a terminal. Raises BackendLoadError in one line:
     not of the family, an unusual configuration, tensors missing, unexpected or misshapen.
     """
@@ -106,18 +115,21 @@ def load_fused_weights(
             f"unknown weight type {weight_type!r}: there are {', '.join(WEIGHT_TYPES)}"
         )
     family = families.check_family(checkpoint)
-    config = build_config(checkpoint, allow_quantized=checkpoint.is_quantized)
-    geometry = families.block_geometry(checkpoint, config)
+    if description is None:
+        from gptjet.service.models.architecture import build_config
+
+        config = build_config(checkpoint, allow_quantized=checkpoint.is_quantized)
+        description = describe(checkpoint, config)
+    geometry = description.geometry
     if checkpoint.is_quantized:
-        return _load_quantized(checkpoint, config, family, geometry, weight_type, progress)
+        return _load_quantized(checkpoint, description, family, weight_type, progress)
     files = TensorFiles(checkpoint, prefix=families.PREFIX, unprefixed=("lm_head.",))
-    ties = families.tied(files.infos, bool(config.tie_word_embeddings))
+    ties = families.tied(files.infos, description.is_tied)
     expected = _expected_shapes(family, geometry)
     _check_tensors(checkpoint, family, files, expected, ties)
     return FusedWeights(
-        config=config,
+        description=description,
         class_name=family.class_name,
-        geometry=geometry,
         head=_read_head(checkpoint, files, ties, weight_type),
         weight_type=weight_type,
         num_parameters=_count_parameters(expected, ties),
@@ -125,6 +137,7 @@ def load_fused_weights(
         read_layer=lambda number: _read_layer(
             checkpoint, files, family, geometry, number, weight_type
         ),
+        read_lm_head=lambda: _read_lm_head(checkpoint, files, ties, weight_type),
         progress=progress,
     )
 
@@ -142,12 +155,12 @@ def quantized_weight_type(checkpoint: Checkpoint) -> WeightType | None:
 
 def _load_quantized(
     checkpoint: Checkpoint,
-    config: Any,
+    description: Description,
     family: Family,
-    geometry: BlockGeometry,
     weight_type: WeightType,
     progress: bool,
 ) -> FusedWeights:
+    geometry = description.geometry
     stored = quantized_weight_type(checkpoint)
     if weight_type != stored:
         raise BackendLoadError(
@@ -155,16 +168,16 @@ def _load_quantized(
             f"{stored}, or the original checkpoint"
         )
     files = QuantizedFiles(checkpoint, geometry)
-    ties = families.tied([families.EMBEDDING], bool(config.tie_word_embeddings))
+    ties = families.tied([families.EMBEDDING], description.is_tied)
     return FusedWeights(
-        config=config,
+        description=description,
         class_name=family.class_name,
-        geometry=geometry,
         head=files.read_head(),
         weight_type=weight_type,
         num_parameters=_count_parameters(_expected_shapes(family, geometry), ties),
         quantization=files.recipe.as_dict(),
         read_layer=files.read_layer,
+        read_lm_head=files.read_lm_head,
         progress=progress,
     )
 
@@ -222,22 +235,30 @@ def _read_head(
         embedding = _embedding(held[stored], weight_type, where + stored)
     if ties and embedding.dtype == DENSE_DTYPES.get(weight_type):
         return HeadWeights(embedding, norm_weight, norm_bias, DenseWeight(embedding, bias))
-    stored = ties.get(families.LM_HEAD, families.LM_HEAD)
-    with files.open([stored]) as held:
-        lm_head = build_weight([held[stored]], 0, weight_type, bias=bias, name=where + stored)
+    lm_head = _read_lm_head(checkpoint, files, ties, weight_type)
     return HeadWeights(embedding, norm_weight, norm_bias, lm_head)
 
 
+def _read_lm_head(
+    checkpoint: Checkpoint, files: TensorFiles, ties: Mapping[str, str], weight_type: WeightType
+) -> Weight:
+    where = f"{checkpoint.path}: "
+    stored = ties.get(families.LM_HEAD, families.LM_HEAD)
+    with files.open([stored, families.LM_HEAD_BIAS]) as held:
+        bias = _vector(held[families.LM_HEAD_BIAS], where + families.LM_HEAD_BIAS)
+        return build_weight([held[stored]], 0, weight_type, bias=bias, name=where + stored)
+
+
 def _embedding(stored: torch.Tensor, weight_type: WeightType, name: str) -> torch.Tensor:
-    """A copy: float32 where the weights are, else float16, which is kept looked up, not computed.
+    """float32 where the weights are, else float16, which is kept looked up, not computed.
 
     A bfloat16 embedding beyond float16's range stays what it is in float32.
     """
     if weight_type != "fp32":
-        embedding = torch.empty(stored.shape, dtype=torch.float16).copy_(stored)
+        embedding = stored.to(torch.float16)
         if is_finite(embedding):
             return embedding
-    embedding = torch.empty(stored.shape, dtype=torch.float32).copy_(stored)
+    embedding = stored.to(torch.float32)
     check_finite(embedding, name, stored.dtype)
     return embedding
 
@@ -278,7 +299,7 @@ def _read_layer(
 
 
 def _vector(stored: torch.Tensor, name: str) -> torch.Tensor:
-    """A float32 copy."""
-    copy = torch.empty(stored.shape, dtype=torch.float32).copy_(stored)
-    check_finite(copy, name, stored.dtype)
-    return copy
+    """In float32."""
+    vector = stored.float()
+    check_finite(vector, name, stored.dtype)
+    return vector

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from gptjet.benchmarks.cpu_bars.design import Entry
+from gptjet.benchmarks.cpu_bars.design import Entry, Race
 from gptjet.benchmarks.cpu_bars.runner import Recorded, Runner
 from gptjet.benchmarks.peers.contestants import Contestant, PeerRun
 from gptjet.benchmarks.peers.environments import PeerError
@@ -55,7 +55,8 @@ class Field:
         self.most_alive = 0
 
     @contextlib.contextmanager
-    def start(self, entry: Entry, folder: Path) -> Iterator[Contestant]:
+    def start(self, race: Race, entry: Entry, folder: Path) -> Iterator[Contestant]:
+        assert race.kv_cache_tokens > 0
         assert (folder / "config.json").exists()
         if str(entry) not in self.contestants:
             raise PeerError(f"{entry} is not set up")

@@ -33,7 +33,11 @@ class File:
     def put(self, model: str, kind: CellKind, name: str, *figures: dict[str, Any]) -> None:
         """Figures of round 0, 1, ..."""
         race = next(
-            r for r in self.races if r.model == model and name in {str(e) for e in r.entries}
+            r
+            for r in self.races
+            if r.model == model
+            and name in {str(e) for e in r.entries}
+            and kind in {cell.kind for cell in r.cells}
         )
         for number, values in enumerate(figures):
             key = (race.key, cell_of(race, kind).key, number)
@@ -56,9 +60,14 @@ class File:
         return Bars(self.races, self.recorded, "fused")
 
     def bar(self, beginning: str, model: str) -> Bar:
-        """The one bar of a model that begins so."""
+        """The one bar of a model (and weight type, as "M/int8") that begins so."""
+        model, _, weight_type = model.partition("/")
         (found,) = [
-            bar for bar in self.bars.all() if bar.model == model and bar.text.startswith(beginning)
+            bar
+            for bar in self.bars.all()
+            if bar.model == model
+            and bar.text.startswith(beginning)
+            and bar.text.endswith(weight_type)
         ]
         return found
 
@@ -98,13 +107,16 @@ def test_int8_at_m_is_judged_by_the_better_of_the_two_peers() -> None:
     assert (bar.verdict, bar.note) == (Verdict.MISS, "the better one: openvino/int8")
 
 
-def test_a_peer_that_is_missing_is_named_beside_the_ratio_to_the_other() -> None:
+def test_a_peer_that_is_missing_leaves_the_bar_open_unless_the_other_one_misses_it() -> None:
     file = File("M")
     file.decode("M", f"{OURS}/int8", 33)
     file.decode("M", "ctranslate2/int8", 30)
     file.recorded.absent["M/quantised", "openvino/int8"] = "is not set up"
     bar = file.bar(f"decode, {OURS}/int8", "M")
-    assert bar.note == "openvino/int8: is not set up"
+    assert (bar.note, bar.verdict) == ("openvino/int8: is not set up", Verdict.NOT_MEASURED)
+    assert bar.ratio is not None
+    file.decode("M", f"{OURS}/int8", 29)
+    assert file.bar(f"decode, {OURS}/int8", "M").verdict is Verdict.MISS
 
 
 def test_no_speed_is_judged_while_tokens_differ_from_the_reference() -> None:
@@ -116,6 +128,40 @@ def test_no_speed_is_judged_while_tokens_differ_from_the_reference() -> None:
         if bar.text.startswith(f"decode, {OURS}/fp32"):
             assert (bar.verdict, bar.ratio) == (Verdict.PARITY_RED, None)
             assert "2 rounds differ" in bar.note
+
+
+def test_streams_and_prefixes_are_not_judged_while_tokens_differ_either() -> None:
+    file = File("M")
+    file.decode("M", f"{OURS}/fp32", 10)
+    pair = {"one_tokens_per_s": 10.0, "many_tokens_per_s": 31.0}
+    file.put("M", CellKind.STREAMS, f"{OURS}/fp32", pair)
+    file.put("M", CellKind.STREAMS, f"{OURS}/int8", pair)
+    assert file.bar(f"eight streams : one, {OURS}/fp32", "M").note == "parity not checked"
+    file.decode("M", REFERENCE, 5, tokens=[1, 9])
+    bar = file.bar(f"eight streams : one, {OURS}/fp32", "M")
+    assert (bar.verdict, bar.note) == (
+        Verdict.PARITY_RED,
+        "1 rounds differ from huggingface's tokens",
+    )
+    assert file.bar(f"eight streams : one, {OURS}/int8", "M").verdict is Verdict.PASS
+
+
+def test_what_a_late_prompt_and_a_promise_cost_is_shown() -> None:
+    file = File("M")
+    times = {"quiet_itl_ms": 20.0, "itl_ms": 150.0, "longest_itl_ms": 160.0}
+    chunks = {**times, "late_ttft_ms": 4000.0, "streams": 4}
+    file.put("M", CellKind.CHUNKS, f"{OURS}/int8", chunks)
+    bar = file.bar("TTFT of a prompt of 2000 : longest ITL of streams beside it", "M/int8")
+    assert bar.ratio is not None
+    assert (bar.ratio.median, bar.verdict) == (25.0, Verdict.SHOWN)
+    assert bar.note == "ITL 20 ms before it, 150 ms beside it"
+    plain = {"one_tokens_per_s": 10.0, "many_tokens_per_s": 40.0}
+    kept = {"one_tokens_per_s": 10.0, "many_tokens_per_s": 10.0}
+    file.put("M", CellKind.COST, f"{OURS}+torch/fp32", plain)
+    file.put("M", CellKind.COST, f"{OURS}+torch+deterministic/fp32", kept)
+    bar = file.bar(f"eight streams, {OURS}+torch+deterministic/fp32", "M")
+    assert bar.ratio is not None
+    assert (bar.ratio.median, bar.verdict) == (0.25, Verdict.SHOWN)
 
 
 def test_a_speed_whose_parity_could_not_be_looked_at_says_so() -> None:
@@ -191,13 +237,15 @@ def test_every_bar_of_the_issue_is_in_the_table() -> None:
         "peak memory -": 2,
         "decode under load : quiet -": 3,
         "TTFT first : second with a shared prefix >= 5": 6,
+        "TTFT -": 3,
+        "eight streams -": 4,
     }
 
 
 def test_the_share_of_bandwidth_is_bytes_read_a_second_over_what_was_measured() -> None:
     """M in FP32 reads every weight but the embedding table, and the KV cache of its context."""
     file = File("M", "S")
-    file.recorded.bandwidths["M"] = [20.0]
+    file.recorded.bandwidths["M"] = [15.0, 20.0]
     file.recorded.bandwidths["S"] = [20.0]
     race = next(race for race in file.races if race.key == "M/fp32")
     decode = cell_of(race, CellKind.DECODE)
@@ -224,6 +272,6 @@ def test_the_tables_hold_each_bar_and_each_contestant_on_screen_and_in_markdown(
         assert "2 of 9 bars hold." in text
         assert "0.99" in text
         assert "openvino/int8 did not start: is not set up" in text
-        assert "21.0 GB/s (20.0 to 22.0 over 2 measurements)" in text
+        assert "at best 22.0 GB/s, the worst of 2 measurements 20.0" in text
         for entry in (f"{OURS}/fp32", f"{SERVER}/int4", "ctranslate2/int8"):
             assert entry in text

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 from pathlib import Path
 
 import pytest
 
 from gptjet.benchmarks.cpu_bars import __main__ as command
+from gptjet.benchmarks.cpu_bars.build import fingerprint
 from gptjet.benchmarks.cpu_bars.busy import busy_cores, usable_cores
 from gptjet.benchmarks.results import read_records
 
@@ -53,6 +55,47 @@ def test_a_quick_look_with_real_processes_records_rounds_and_who_is_not_there(
     before = out.read_bytes()
     assert command.main([*arguments, "--report"]) == command.FAILURE
     assert out.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("field", "before"), [("threads", 9), ("build", "0" * 16), ("backend", "mock")]
+)
+def test_rounds_of_another_build_or_number_of_threads_are_not_added_to(
+    field: str,
+    before: object,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(command, "make_races", lambda *_, **__: [])
+    arguments = ["--threads", "1", "--out", str(tmp_path / "bars.jsonl")]
+    assert command.main(arguments) == command.OK
+    assert command.main(arguments) == command.OK  # the same again
+    session, _ = read_records(tmp_path / "bars.jsonl")
+    other = tmp_path / "other.jsonl"
+    other.write_text(json.dumps({**session, field: before}) + "\n")
+    size = other.stat().st_size
+    arguments[-1] = str(other)
+    assert command.main(arguments) == command.USAGE
+    assert f"rounds were made with {field} {before}" in capsys.readouterr().err
+    assert other.stat().st_size == size
+    assert command.main([*arguments, "--report"]) == command.OK
+    assert command.main([*arguments, "--mixed"]) == command.OK
+    assert ("Rounds of 2 builds" in capsys.readouterr().out) == (field == "build")
+
+
+def test_a_build_is_told_by_the_sources_of_kernels_and_service(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    room = tmp_path / "a_room"
+    room.mkdir()
+    seen = set()
+    for name, text in (("a.py", "1"), ("a.py", "2"), ("kernel.c", ""), ("notes.md", "")):
+        (room / name).write_text(text)
+        seen.add(fingerprint(["a_room"]))
+    assert len(seen) == 3
+    assert fingerprint() == fingerprint() != fingerprint(["a_room"])
 
 
 def test_a_report_of_a_file_that_is_not_there_is_one_line(

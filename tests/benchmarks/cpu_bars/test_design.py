@@ -8,7 +8,6 @@ import pytest
 
 from gptjet.benchmarks.cpu_bars.checkpoints import CONTEXT, MODELS, BarModel, checkpoint_folder
 from gptjet.benchmarks.cpu_bars.design import (
-    KV_CACHE_TOKENS,
     STREAMS,
     Cell,
     CellKind,
@@ -19,7 +18,7 @@ from gptjet.benchmarks.geometry import config_of
 
 
 def test_fp32_and_the_quantised_types_are_races_of_their_own() -> None:
-    fp32, quantised = make_races(["M"])
+    fp32, quantised, *_ = make_races(["M"])
     assert [str(entry) for entry in fp32.entries] == [
         "engine:fused/fp32",
         "gptjet:fused/fp32",
@@ -41,21 +40,47 @@ def test_fp32_and_the_quantised_types_are_races_of_their_own() -> None:
 def test_every_cell_fits_the_context_and_the_kv_cache_asked_for(quick: bool) -> None:
     for race in make_races(list(MODELS), quick=quick):
         for cell in race.cells:
-            streams = STREAMS if cell.kind is CellKind.STREAMS else 1
+            streams = STREAMS if cell.kind in (CellKind.STREAMS, CellKind.COST) else 1
             tail = 16 if cell.kind is CellKind.PREFIX else 0
             tokens = cell.input_tokens + tail + cell.output_tokens
+            if cell.kind is CellKind.CHUNKS:
+                tokens = cell.input_tokens + 1
+                assert race.kv_cache_tokens >= tokens + 4 * (32 + cell.output_tokens)
             assert tokens <= CONTEXT
-            assert streams * (-(-tokens // 16) * 16) <= KV_CACHE_TOKENS
+            assert streams * (-(-tokens // 16) * 16) <= race.kv_cache_tokens
+
+
+def test_ours_holds_no_more_than_the_largest_cell_needs() -> None:
+    """At M a prompt of 1,000 tokens and one more, in blocks of 16; at S eight streams of 160."""
+    tokens = {race.key: race.kv_cache_tokens for race in make_races(["S", "M"])}
+    assert tokens["M/fp32"] == tokens["M/quantised"] == 1008
+    assert tokens["S/fp32"] == 8 * 160
+
+
+def test_what_holds_another_kv_cache_or_is_another_variant_is_a_race_of_its_own() -> None:
+    *_, chunks, deterministic = make_races(["M"])
+    assert [str(entry) for entry in chunks.entries] == [
+        f"engine:fused/{weight_type}" for weight_type in ("fp32", "int8", "int4")
+    ]
+    assert [str(entry) for entry in deterministic.entries] == [
+        "engine:fused/fp32",
+        "engine:fused+deterministic/fp32",
+        "engine:fused+torch/fp32",
+        "engine:fused+torch+deterministic/fp32",
+    ]
+    assert [race.name for race in make_races(["W"])] == ["fp32", "quantised"]
 
 
 def test_the_full_prefill_is_of_a_thousand_tokens_and_the_prefix_of_512() -> None:
     for race in make_races(list(MODELS)):
         lengths = {cell.kind: cell.input_tokens for cell in race.cells}
+        if race.name in ("chunks", "deterministic"):
+            continue
         assert (lengths[CellKind.PREFILL], lengths[CellKind.PREFIX]) == (1000, 512)
 
 
 def test_only_our_own_engine_runs_streams_and_prefixes() -> None:
-    fp32, _ = make_races(["S"])
+    fp32, *_ = make_races(["S"])
     cells = {cell.kind: cell for cell in fp32.cells}
     for kind in (CellKind.STREAMS, CellKind.PREFIX):
         taking_part = [str(e) for e in fp32.entries if fp32.runs_cell(e, cells[kind])]

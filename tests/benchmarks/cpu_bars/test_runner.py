@@ -10,7 +10,7 @@ import pytest
 
 from gptjet.benchmarks.cpu_bars.design import Cell, CellKind, Entry, Race
 from gptjet.benchmarks.cpu_bars.measure import measure, tokens_per_s
-from gptjet.benchmarks.peers.contestants import PeerRun
+from gptjet.benchmarks.peers.contestants import LateRun, PeerRun
 from gptjet.benchmarks.peers.environments import PeerError
 
 OURS, THEIRS = Entry("engine:fused", "fp32"), Entry("ctranslate2", "fp32")
@@ -125,6 +125,38 @@ def test_eight_streams_are_measured_beside_one_of_the_same_round(
     assert figures["one_tokens_per_s"] == pytest.approx(500)
     assert figures["many_tokens_per_s"] == pytest.approx(2000)
     assert figures["streams"] == 8
+
+
+class Late:
+    """Two streams of a token every 10 ms; a prompt comes at 25 ms and holds them up for 100 ms."""
+
+    def __init__(self, last_ms: float) -> None:
+        self.last_ms = last_ms
+
+    def run(self, prompt: Any, output_tokens: int) -> PeerRun:
+        raise NotImplementedError
+
+    def run_beside(
+        self, prompts: Any, output_tokens: int, late: Any, after_tokens: int
+    ) -> tuple[list[PeerRun], LateRun]:
+        assert (len(prompts), len(prompts[0]), len(late)) == (4, 32, 40)
+        assert len({prompt[:8] for prompt in [*prompts, late]}) == 5
+        times = (10.0, 20.0, 30.0, 130.0, self.last_ms)
+        return [PeerRun((1,) * output_tokens, times, self.last_ms, None)] * 2, LateRun(25.0, 106.0)
+
+
+def test_what_a_late_prompt_does_to_streams_is_told_from_what_was_before() -> None:
+    cell = Cell(CellKind.CHUNKS, 40, 5, 1)
+    figures = measure(Late(140.0), cell, "M", 0, 50, pause_s=0)
+    assert (figures["quiet_itl_ms"], figures["longest_itl_ms"]) == (10.0, 100.0)
+    assert (figures["itl_ms"], figures["late_ttft_ms"]) == (10.0, 106.0)
+    with pytest.raises(PeerError, match="ended before the long prompt"):
+        measure(Late(130.5), cell, "M", 0, 50, pause_s=0)
+
+
+def test_who_takes_no_prompt_while_others_run_says_so(invented_engine: Any) -> None:
+    with pytest.raises(PeerError, match="no prompt while others run"):
+        measure(invented_engine(ms=1.0), Cell(CellKind.CHUNKS, 40, 5, 1), "M", 0, 50, pause_s=0)
 
 
 def test_load_is_on_during_the_second_run_of_a_busy_round_and_not_in_the_warm_up(

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from gptjet.benchmarks.peers.__main__ import main
-from gptjet.benchmarks.peers.contestants import StreamsContestant, start
+from gptjet.benchmarks.peers.contestants import LateContestant, StreamsContestant, start
 from gptjet.benchmarks.peers.environments import PeerError, converted, find_peer, quantized
 from gptjet.benchmarks.results import read_records
 from gptjet.service.embedded import embedded_path
@@ -75,6 +75,28 @@ def test_streams_of_ours_run_together(name: str, tmp_path: Path) -> None:
         with pytest.raises(PeerError, match="KV cache of 256 tokens"):
             contestant.run([1] * 300, 2)
         assert bytes(contestant.run(list(b"x"), 2).tokens) == b"yz"
+
+
+def test_options_of_our_engine_reach_its_process(
+    make_gptj_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    """PyTorch under the promise computes one token a pass, and gives the same tokens."""
+    folder = make_gptj_checkpoint()
+    names = ["engine:fused", "engine:fused+torch+deterministic"]
+    answers = []
+    for name in names:
+        with start(name, folder, "fp32", 1, kv_cache_tokens=64) as contestant:
+            answers.append(contestant.run([5, 6, 7], 4).tokens)
+            if isinstance(contestant, LateContestant):
+                runs, late = contestant.run_beside([[1], [2]], 6, [3] * 20, 2)
+                assert [len(run.tokens) for run in runs] == [6, 6]
+                assert runs[0].token_ms[1] <= late.added_ms
+    assert answers[0] == answers[1]
+    with (
+        pytest.raises(PeerError, match="no option 'fast': deterministic, torch"),
+        start("engine:fused+fast", tmp_path, "fp32", 1),
+    ):
+        pass
 
 
 def test_a_contestant_that_cannot_start_leaves_no_process(tmp_path: Path) -> None:

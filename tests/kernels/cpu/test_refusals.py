@@ -119,6 +119,20 @@ def test_layers_are_taken_one_at_a_time(plain: ModuleType) -> None:
     packed.close()
 
 
+@pytest.mark.parametrize("kind", ["fp32", "int8", "int4"])
+@pytest.mark.parametrize("take", [False, True])
+def test_weights_are_emptied_once_they_are_packed_where_that_is_asked(
+    plain: ModuleType, kind: str, take: bool
+) -> None:
+    model = plain.random_model(plain.GEOMETRIES["embedded"], kind)
+    layer = model.layers[0]
+    names = {"fp32": "weight", "int8": "quantized", "int4": "packed"}
+    matrices = [model.head.embedding]
+    matrices += [getattr(w, names[kind]) for w in (model.head.lm_head, layer.w_in, layer.w_out)]
+    CpuModel.pack(model.geometry, model.head, model.layers, num_threads=1, take=take).close()
+    assert [matrix.numel() == 0 for matrix in matrices] == [take] * 4
+
+
 @pytest.mark.parametrize(("kind", "bits"), [("fp32", 32), ("int8", 8), ("int4", 4)])
 def test_packed_size_is_that_of_the_format(
     plain: ModuleType, pack: Pack, kind: str, bits: int

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from gptjet.service.backends.factory import BACKENDS, load_backend
-from gptjet.service.backends.mock_delays import delays_of
+from gptjet.service.backends.mock_settings import settings_of
 from gptjet.service.engine.backend import Phase, ScheduledBatch
 from gptjet.service.engine.errors import BackendLoadError
 from gptjet.service.engine.request import SamplingParams, new_request
@@ -64,8 +64,8 @@ def test_mock_needs_no_model() -> None:
 def test_the_mocks_delays_stand_in_its_models_name(
     model: str, expected: tuple[float, float]
 ) -> None:
-    delays = delays_of(model)
-    assert (delays.prefill_ms, delays.decode_ms) == expected
+    settings = settings_of(model)
+    assert (settings.prefill_ms, settings.decode_ms) == expected
 
 
 def test_a_mock_with_delays_sleeps_that_long_in_its_steps() -> None:
@@ -86,9 +86,14 @@ def test_a_mock_with_delays_sleeps_that_long_in_its_steps() -> None:
 @pytest.mark.parametrize(
     ("model", "words"),
     [
-        ("mock:prefil_ms=3", "'prefil_ms=3' is no delay: give prefill_ms or decode_ms"),
-        ("mock:", "'' is no delay"),
-        ("mock:decode_ms", "'decode_ms' is no delay"),
+        (
+            "mock:prefil_ms=3",
+            "'prefil_ms=3' is no setting of the mock: give some of prefill_ms, decode_ms",
+        ),
+        ("mock:", "'' is no setting"),
+        ("mock:decode_ms", "'decode_ms' is no setting"),
+        ("mock:fail_at_step=-1", "fail_at_step must be a whole number from 0 to 1000000000"),
+        ("mock:fail_at_step=2.5", "fail_at_step must be a whole number"),
         ("mock:decode_ms=fast", "decode_ms must be 0 to 60000 ms, got 'fast'"),
         ("mock:decode_ms=-1", "got '-1'"),
         ("mock:decode_ms=nan", "got 'nan'"),

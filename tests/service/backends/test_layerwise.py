@@ -25,8 +25,8 @@ def expected_logits(folder: Path, sequences: list[tuple[int, ...]]) -> list[torc
         return [model(torch.tensor([ids])).logits[0] for ids in sequences]
 
 
-def check(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layerwise, "_CHUNK", 16)
+def check(folder: Path, monkeypatch: pytest.MonkeyPatch, chunk: int = 16) -> None:
+    monkeypatch.setattr(layerwise, "_CHUNK", chunk)
     monkeypatch.setattr(layerwise, "_HEAD_ROWS", 100)
     checkpoint = resolve_checkpoint(str(folder))
     stored = layerwise.StoredWeights(checkpoint, build_config(checkpoint))
@@ -43,6 +43,15 @@ def test_gptj_in_chunks_equals_the_whole_model(
     dtype: str, make_gptj_checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     check(make_gptj_checkpoint(n_layer=3, dtype=dtype), monkeypatch)
+
+
+def test_sequences_that_are_computed_together_do_not_see_each_other(
+    make_gptj_checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert layerwise._groups([1, 40, 9]) == [[0, 2, 1]]
+    check(make_gptj_checkpoint(), monkeypatch, chunk=256)
+    monkeypatch.setattr(layerwise, "_CHUNK", 20)
+    assert layerwise._groups([1, 40, 9]) == [[0, 2], [1]]
 
 
 def test_codegen_equals_the_whole_model(

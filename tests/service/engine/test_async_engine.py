@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from gptjet.service.backends.mock import MockBackend
-from gptjet.service.engine.async_engine import AsyncEngine, RequestStream
+from gptjet.service.engine.async_engine import AsyncEngine
 from gptjet.service.engine.config import EngineConfig
 from gptjet.service.engine.engine import Engine
 from gptjet.service.engine.errors import (
@@ -20,6 +20,7 @@ from gptjet.service.engine.errors import (
     QueueFullError,
 )
 from gptjet.service.engine.request import FinishReason, Request, SamplingParams, new_request
+from gptjet.service.engine.request_stream import RequestStream
 from gptjet.service.engine.tokenizer import ByteTokenizer
 
 if TYPE_CHECKING:

@@ -176,7 +176,7 @@ def test_preempted_in_flight_the_token_is_drawn_again(steps: int) -> None:
         scheduler = traffic.engine.scheduler
         while len(scheduler.running) < 2:
             traffic.step()
-        scheduler._preempt(max(scheduler.running, key=lambda sequence: sequence.sequence_id))
+        scheduler.preempt(max(scheduler.running, key=lambda sequence: sequence.sequence_id))
         # Somebody else has what it held before it comes back.
         assert manager.allocate(holder, 8) is not None
         traffic.step(2)

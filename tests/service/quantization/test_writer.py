@@ -11,6 +11,7 @@ import pytest
 
 from gptjet.service.engine.errors import BackendLoadError
 from gptjet.service.models.checkpoint import Checkpoint, resolve_checkpoint
+from gptjet.service.quantization.run import QuantizeOptions, quantize
 from gptjet.service.quantization.writer import check_output, new_folder
 
 
@@ -174,6 +175,25 @@ def test_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
         new_folder(tmp_path / "out", check=allow),
     ):
         raise OSError(28, "No space left on device")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_source_that_cannot_be_read_is_named_and_not_the_output(
+    source: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = Path.read_bytes
+
+    def broken(path: Path) -> bytes:
+        if path == source.path / "tokenizer.json":
+            raise OSError(5, "Input/output error")
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", broken)
+    options = QuantizeOptions(
+        model=str(source.path), output=tmp_path / "out", bits=8, method="rtn", evaluate=False
+    )
+    with pytest.raises(BackendLoadError, match=r"tokenizer\.json cannot be read: Input/output"):
+        quantize(options, lambda name, size: lambda part: None)
     assert list(tmp_path.iterdir()) == []
 
 

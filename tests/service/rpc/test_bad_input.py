@@ -180,10 +180,14 @@ async def test_unknown_fields_are_ignored(start_server: StartServer) -> None:
 async def test_message_over_the_limit_is_refused_with_both_sizes(start_server: StartServer) -> None:
     running = await start_server(max_message_bytes=65536)
     with pytest.raises(
-        ResourceExhaustedError, match=r"larger than max \(\d+ vs\. 65536\)"
+        ResourceExhaustedError,
+        match=r"has \d+ bytes; at most 65536 are taken \(max_message_bytes\)",
     ) as caught:
         await running.client.tokenize("x" * 70_000)
     assert not isinstance(caught.value, QueueFullError)
+    # Far over it, gRPC does not even take it in.
+    with pytest.raises(ResourceExhaustedError, match="larger than max"):
+        await running.client.tokenize("x" * 2_000_000)
 
 
 async def test_full_queue_says_when_to_come_back(start_server: StartServer) -> None:

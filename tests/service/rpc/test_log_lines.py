@@ -138,3 +138,99 @@ def test_level_filters(own_logging: None, capfd: pytest.CaptureFixture[str]) -> 
     written = capfd.readouterr().err
     assert "loud" in written
     assert "quiet" not in written
+
+
+TRACE_ID = "4bf92f3577b34da6a3ce929d0e0e4736"
+TRACEPARENT = f"00-{TRACE_ID}-00f067aa0ba902b7-01"
+
+
+async def test_a_request_has_an_id_on_its_line_also_where_it_is_refused(
+    start_server: StartServer,
+) -> None:
+    running = await start_server()
+    with pytest.raises(GptjetError):
+        await running.client.generate("abc", top_p=2.0)
+    with pytest.raises(GptjetError):
+        await running.client.generate("abc", top_p=2.0, request_id="theirs")
+    await running.client.tokenize("abc")
+    assert (await running.request_line(request_id="theirs"))["code"] == "INVALID_ARGUMENT"
+    drawn = [
+        (await running.request_line(method="Tokenize"))["request_id"],
+        (await running.request_line(method="Generate"))["request_id"],
+    ]
+    assert [len(request_id) for request_id in drawn] == [32, 32]
+    assert drawn[0] != drawn[1]
+
+
+async def test_an_id_that_is_too_long_is_refused_and_cut_in_the_log(
+    start_server: StartServer,
+) -> None:
+    running = await start_server()
+    with pytest.raises(GptjetError, match="request_id"):
+        await running.client.generate("abc", request_id="x" * 100_000)
+    line = await running.request_line(method="Generate")
+    assert line["request_id"] == "x" * 128
+
+
+@pytest.mark.parametrize(
+    ("traceparent", "expected"),
+    [
+        (TRACEPARENT, TRACE_ID),
+        (f"cc-{TRACE_ID}-00f067aa0ba902b7-01-what-comes-later", TRACE_ID),
+        (f"ff-{TRACE_ID}-00f067aa0ba902b7-01", None),
+        (f"00-{'0' * 32}-00f067aa0ba902b7-01", None),
+        (f"00-{TRACE_ID}-{'0' * 16}-01", None),
+        (f"00-{TRACE_ID.upper()}-00f067aa0ba902b7-01", None),
+        ("anything", None),
+    ],
+)
+async def test_the_callers_trace_id_is_on_the_line_without_any_tracing(
+    start_server: StartServer, traceparent: str, expected: str | None
+) -> None:
+    running = await start_server()
+    client = running.new_client(metadata=[("traceparent", traceparent)], retry=None)
+    await client.generate("abc", max_new_tokens=1)
+    line = await running.request_line(method="Generate")
+    assert line.get("trace_id") == expected
+
+
+async def test_every_line_of_a_request_has_its_ids(
+    own_logging: None, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The servicer's own, a library's, and those of the engine's thread."""
+
+    class Talking(ByteTokenizer):
+        def encode(self, text: str) -> list[int]:
+            logging.getLogger("somebody.else").warning("tokenizing")
+            get_logger("gptjet.test").info("ours")
+            return super().encode(text)
+
+    from gptjet.service.backends.mock import MockBackend
+
+    class Broken(MockBackend):
+        def decode(self, batch: Any) -> Any:
+            raise RuntimeError("the device is gone")
+
+    configure_logging("info", "json")
+    server = Server(ServerConfig(port=0))
+    await server.start()
+    await server.attach(Broken(), Talking())
+    async with AsyncClient(
+        f"127.0.0.1:{server.port}", retry=None, metadata=[("traceparent", TRACEPARENT)]
+    ) as client:
+        for request_id in ("one", "two"):
+            with pytest.raises(GptjetError):
+                await client.generate("abc", request_id=request_id, max_new_tokens=4)
+        with pytest.raises(GptjetError):
+            await client.score("abc", [""], request_id="three")
+    await server.drain(0.0)
+    lines = [json.loads(line) for line in capfd.readouterr().err.splitlines()]
+    of_one = [line for line in lines if line.get("request_id") == "one"]
+    assert [line["event"] for line in of_one] == ["tokenizing", "ours", "request"]
+    assert {line["trace_id"] for line in of_one} == {TRACE_ID}
+    failed = [line for line in lines if line["event"].startswith("engine step failed")]
+    assert [line["request_ids"] for line in failed] == [["one"], ["two"]]
+    # The id that the caller was told.
+    assert failed[0]["error_id"] in of_one[-1]["error"]
+    # Nothing is left on lines of no request.
+    assert "request_id" not in lines[-1]

@@ -19,7 +19,7 @@ import structlog
 from gptjet.service.client import Client, HealthStatus, TlsOptions, UnavailableError
 from gptjet.service.config import ServerConfig
 from gptjet.service.engine.errors import BackendLoadError
-from gptjet.service.rpc.server import serve
+from gptjet.service.rpc.process import serve
 
 PATIENCE_S = 60.0
 
@@ -30,7 +30,7 @@ from gptjet.service.backends.factory import LoadedModel
 from gptjet.service.backends.mock import MockBackend
 from gptjet.service.engine.tokenizer import ByteTokenizer
 from gptjet.service.config import load_config
-from gptjet.service.rpc.server import run
+from gptjet.service.rpc.process import run
 
 def slow_steps(config):
     return LoadedModel(MockBackend(decode_ms=10), ByteTokenizer())

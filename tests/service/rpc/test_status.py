@@ -6,9 +6,11 @@ import grpc
 import pytest
 from google.rpc import error_details_pb2  # type: ignore[import-untyped]
 
+from gptjet.service.config import ServerConfig
 from gptjet.service.engine import errors
 from gptjet.service.engine.errors import FieldViolation
 from gptjet.service.rpc import status
+from gptjet.service.rpc.access import errors as access
 from gptjet.service.rpc.status import to_status
 
 EXAMPLES = [
@@ -16,10 +18,45 @@ EXAMPLES = [
     (errors.QueueFullError(3, 1.5), grpc.StatusCode.RESOURCE_EXHAUSTED),
     (errors.EngineUnavailableError("loading"), grpc.StatusCode.UNAVAILABLE),
     (errors.EngineStepError("id", "x"), grpc.StatusCode.INTERNAL),
+    (errors.OutOfMemoryError("id", "x"), grpc.StatusCode.RESOURCE_EXHAUSTED),
+    (errors.QueueTimeError(60.0, 1.0), grpc.StatusCode.RESOURCE_EXHAUSTED),
+    (errors.TokensInFlightError(5, 6, 10, 1.0), grpc.StatusCode.RESOURCE_EXHAUSTED),
+    (errors.SlowReaderError("too slow"), grpc.StatusCode.RESOURCE_EXHAUSTED),
+    (status.TooManyRpcsError(3), grpc.StatusCode.RESOURCE_EXHAUSTED),
+    (status.MessageTooLargeError(5, 4), grpc.StatusCode.RESOURCE_EXHAUSTED),
     (errors.BackendLoadError("x"), grpc.StatusCode.FAILED_PRECONDITION),
+    (access.UnauthenticatedError("x"), grpc.StatusCode.UNAUTHENTICATED),
+    (access.PermissionDeniedError("x"), grpc.StatusCode.PERMISSION_DENIED),
+    (
+        access.QuotaExceededError("requests_per_minute", 3, "web", "too many", 1.5),
+        grpc.StatusCode.RESOURCE_EXHAUSTED,
+    ),
     (status.DeadlineExceededError(), grpc.StatusCode.DEADLINE_EXCEEDED),
     (status.InternalError("id"), grpc.StatusCode.INTERNAL),
+    (
+        status.PolicyBlockedError("prompt: blocked", "r", "input", "prompt"),
+        grpc.StatusCode.PERMISSION_DENIED,
+    ),
 ]
+
+
+@pytest.mark.parametrize(
+    ("error", "setting"),
+    [
+        (errors.QueueFullError(3, 1.0), "max_queue_size"),
+        (errors.QueueTimeError(60.0, 1.0), "max_queue_time_s"),
+        (errors.TokensInFlightError(5, 6, 10, 1.0), "max_tokens_in_flight"),
+        (status.TooManyRpcsError(3), "max_concurrent_rpcs"),
+        (status.MessageTooLargeError(5, 4), "max_message_bytes"),
+    ],
+)
+def test_every_limit_is_refused_by_the_name_of_its_setting(
+    error: errors.EngineError, setting: str
+) -> None:
+    result = to_status(error)
+    assert result is not None
+    assert f"({setting})" in result.message
+    assert setting in ServerConfig.model_fields
 
 
 @pytest.mark.parametrize(("error", "code"), EXAMPLES)
@@ -31,8 +68,9 @@ def test_code_and_message(error: errors.EngineError, code: grpc.StatusCode) -> N
 
 
 def test_every_error_a_caller_can_meet_has_a_row() -> None:
-    modules = (errors.__name__, status.__name__)
-    ours = {cls for cls in errors.EngineError.__subclasses__() if cls.__module__ in modules}
+    modules = (errors.__name__, access.__name__, status.__name__)
+    known = {*errors.EngineError.__subclasses__(), *errors.EngineStepError.__subclasses__()}
+    ours = {cls for cls in known if cls.__module__ in modules}
     assert ours == {type(error) for error, _ in EXAMPLES}
 
 

@@ -21,15 +21,8 @@ _POLL_S = 0.05
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 30.0
 # Of `gptjet serve`: a flag or the model is not usable, and will not be the next time.
 _NOT_USABLE = 2
-# Runs in the child, between fork and serve. 1 is PR_SET_PDEATHSIG; it outlives the exec.
-_DIE_WITH_PARENT = (
-    "import ctypes, os, signal, sys\n"
-    "parent = int(sys.argv[1])\n"
-    "if sys.platform == 'linux':\n"
-    "    ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGTERM)\n"
-    "    if os.getppid() != parent: sys.exit(1)\n"
-    "os.execv(sys.argv[2], sys.argv[2:])\n"
-)
+# A module's name, not an import: it is for starting.
+_DIE_WITH_PARENT = "gptjet.service.die_with_parent"
 
 
 class ModelServerError(Exception):
@@ -95,7 +88,7 @@ class ModelServer:
         with tempfile.TemporaryDirectory(prefix="gptjet-page-") as folder:
             file = Path(folder, "port")
             self._process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-c", _DIE_WITH_PARENT, str(os.getpid())),
+                *(sys.executable, "-m", _DIE_WITH_PARENT, str(os.getpid())),
                 *(sys.executable, "-m", "gptjet.service.cli", "serve", *self._flags),
                 *("--host", "127.0.0.1", "--port", str(self._port), "--port-file", str(file)),
                 stdin=asyncio.subprocess.DEVNULL,

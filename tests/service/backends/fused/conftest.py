@@ -144,13 +144,13 @@ class Driver:
         self.tokens: dict[tuple[int, int], list[int]] = {}
         self.outputs: list[tuple[int, RequestOutput]] = []
         self.num_preemptions = 0
-        preempt = self.engine.scheduler._preempt
+        preempt = self.engine.scheduler.preempt
 
         def counted(sequence: Any) -> None:
             self.num_preemptions += 1
             preempt(sequence)
 
-        self.engine.scheduler._preempt = counted  # type: ignore[method-assign]
+        self.engine.scheduler.preempt = counted  # type: ignore[method-assign]
 
     def add(self, prompt: Sequence[int], *, seed: int | None = None, **params: Any) -> int:
         options = {"max_new_tokens": 16, "ignore_eos": True, "seed": seed, **params}
@@ -174,7 +174,7 @@ class Driver:
         scheduler = self.engine.scheduler
         ids = {s.sequence_id for s in self.engine._requests[key].sequences}
         (sequence,) = [s for s in scheduler.running if s.sequence_id in ids]
-        scheduler._preempt(sequence)
+        scheduler.preempt(sequence)
 
     def check_nothing_is_held(self) -> None:
         """Every block is free or merely cached once all requests are done."""

@@ -208,7 +208,7 @@ def test_kv_cache_that_does_not_fit_is_refused_with_the_numbers(
     monkeypatch.setattr(loader, "free_bytes", lambda _: next(answers))
     with pytest.raises(
         BackendLoadError,
-        match=r"the KV cache does not fit: 1008 tokens take 2\.0 MiB, 1\.\d MiB are free",
+        match=r"the KV cache does not fit: 1008 tokens take 2\.0 MiB, .* share .* is 1\.\d MiB",
     ):
         load_backend("fused", str(make_gptj_checkpoint()), device="cpu", kv_cache_tokens=1000)
 
@@ -233,9 +233,9 @@ def test_kv_cache_takes_what_was_asked_for_or_what_fits() -> None:
     assert blocks(5 * size + 1) == 5
     assert blocks(1 << 40, 33) == 3
     assert blocks(1 << 40, 10_000) == 3 * 7
-    with pytest.raises(BackendLoadError, match=r"16 tokens take 16\.0 KiB, 16\.0 KiB are free"):
+    with pytest.raises(BackendLoadError, match=r"16 tokens take 16\.0 KiB, .* is 16\.0 KiB"):
         blocks(size - 1)
-    with pytest.raises(BackendLoadError, match="0 B are free"):
+    with pytest.raises(BackendLoadError, match="the weights is 0 B"):
         blocks(-5)
 
 

@@ -1,0 +1,1 @@
+"""Who may call: certificates, bearer tokens, their rights and their quotas."""

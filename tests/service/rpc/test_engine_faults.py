@@ -1,0 +1,151 @@
+"""Faults on a real server process: what its callers, its health and its supervisor see."""
+
+from __future__ import annotations
+
+import re
+import signal
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+
+from gptjet.service.client import (
+    Client,
+    GptjetError,
+    HealthStatus,
+    InternalError,
+    QueueFullError,
+    ResourceExhaustedError,
+    UnavailableError,
+)
+from gptjet.service.commands.terminal import ExitCode
+from gptjet.service.rpc import process
+
+Serve = Callable[..., Any]
+
+
+def outcome(client: Client, prompt: str = "a", **options: Any) -> str | GptjetError:
+    try:
+        return client.generate(prompt, **options).text
+    except GptjetError as error:
+        return error
+
+
+def error_id_in(error: GptjetError) -> str:
+    found = re.search(r"error id ([0-9a-f]{12})", str(error))
+    assert found, str(error)
+    return found[1]
+
+
+def test_the_exit_codes_are_the_command_lines() -> None:
+    assert process.EXIT_ENGINE == ExitCode.ENGINE
+
+
+def test_a_failed_step_is_internal_with_an_id_in_the_log_and_the_server_goes_on(
+    serve_process: Serve,
+) -> None:
+    server = serve_process("mock:fail_at_step=4,decode_ms=1")
+    with server.connect() as client:
+        error = outcome(client, max_new_tokens=9)
+        assert isinstance(error, InternalError)
+        assert error_id_in(error) in server.text()
+        assert "step 4 fails" in server.text()
+        assert outcome(client, max_new_tokens=3) == "bcd"
+        assert client.health() is HealthStatus.SERVING
+
+
+def test_nan_fails_its_own_request_by_name(serve_process: Serve) -> None:
+    server = serve_process("mock:nan_at_step=40,decode_ms=2")
+    with server.connect() as client, ThreadPoolExecutor(4) as pool:
+        options = {"max_new_tokens": 60}
+        results = list(pool.map(lambda _: outcome(client, **options), range(4)))
+    errors = [result for result in results if isinstance(result, GptjetError)]
+    assert len(errors) == 1
+    assert isinstance(errors[0], InternalError)
+    assert "not finite" in str(errors[0])
+    assert len({result for result in results if isinstance(result, str)}) == 1
+
+
+def test_a_prompt_without_memory_is_resource_exhausted_and_others_are_served(
+    serve_process: Serve,
+) -> None:
+    server = serve_process("mock:oom_above_tokens=100,max_prefill_batch_size=4,decode_ms=1")
+    with server.connect() as client, ThreadPoolExecutor(8) as pool:
+        prompts = ["a" * 101, "b" * 30, "c" * 30, "d" * 30, "e" * 200, "f" * 100, "g", "h"]
+        results = list(pool.map(lambda p: outcome(client, p, max_new_tokens=2), prompts))
+        for position in (0, 4):
+            error = results[position]
+            assert isinstance(error, ResourceExhaustedError)
+            assert not isinstance(error, QueueFullError)
+            assert error_id_in(error) in server.text()
+        assert results[1:4] == ["cd", "de", "ef"]
+        assert results[5:] == ["gh", "hi", "ij"]
+        assert client.health() is HealthStatus.SERVING
+
+
+@pytest.mark.parametrize("paged", [0, 1])
+def test_decode_steps_without_memory_fail_nobody(serve_process: Serve, paged: int) -> None:
+    server = serve_process(f"mock:oom_above_sequences=3,paged={paged},decode_ms=1")
+    with server.connect() as client, ThreadPoolExecutor(12) as pool:
+        texts = list(pool.map(lambda _: outcome(client, max_new_tokens=30), range(12)))
+    assert set(texts) == {"bcdefghijklmnopqrstuvwxyzabcde"}
+    assert "out of memory in a decode step" in server.text()
+
+
+def test_a_hung_step_tells_callers_then_health_and_exits_for_its_supervisor(
+    serve_process: Serve,
+) -> None:
+    flags = ("--step-timeout-s", "1", "--failure-grace-s", "2", "--max-sequences", "1")
+    server = serve_process("mock:hang_at_step=5", *flags)
+    with server.connect() as client, ThreadPoolExecutor(3) as pool:
+        running = pool.submit(outcome, client, max_new_tokens=20)
+        waiting = [pool.submit(outcome, client, max_new_tokens=20) for _ in range(2)]
+        results = [running.result(), *(future.result() for future in waiting)]
+        server.wait_for_health(client, HealthStatus.NOT_SERVING)
+        told = [error for error in results if isinstance(error, InternalError)]
+        queued = [error for error in results if isinstance(error, UnavailableError)]
+        assert (len(told), len(queued)) == (1, 2)
+        assert "(step_timeout_s)" in str(told[0])
+        assert error_id_in(told[0]) in server.text()
+        assert "mock_faults.py" in server.text()  # where it hangs
+        refused = outcome(client)
+        assert isinstance(refused, UnavailableError)
+        assert "(step_timeout_s)" in str(refused)
+    assert server.wait() == ExitCode.ENGINE
+
+
+def test_a_dead_engine_thread_tells_callers_and_exits_for_its_supervisor(
+    serve_process: Serve,
+) -> None:
+    flags = ("--failure-grace-s", "0.5", "--max-sequences", "2")
+    server = serve_process("mock:die_at_step=30,decode_ms=2", *flags)
+    with server.connect() as client, ThreadPoolExecutor(6) as pool:
+        results = list(pool.map(lambda _: outcome(client, max_new_tokens=400), range(6)))
+    assert all(isinstance(result, InternalError | UnavailableError) for result in results)
+    assert sum(isinstance(result, InternalError) for result in results) == 2
+    assert server.wait() == ExitCode.ENGINE
+    assert "the engine has failed" in server.text()
+
+
+def test_a_device_that_fails_for_good_ends_the_process(serve_process: Serve) -> None:
+    flags = ("--failure-grace-s", "0", "--max-failed-steps", "3")
+    server = serve_process("mock:fail_from_step=1", *flags)
+    with server.connect() as client:
+        for _ in range(3):
+            assert isinstance(outcome(client), InternalError)
+    assert server.wait() == ExitCode.ENGINE
+    assert "(max_failed_steps)" in server.text()
+
+
+def test_sigterm_in_the_grace_period_of_a_failure_ends_it_at_once(serve_process: Serve) -> None:
+    flags = ("--failure-grace-s", "600", "--max-failed-steps", "1")
+    server = serve_process("mock:fail_from_step=1", *flags)
+    with server.connect() as client:
+        assert isinstance(outcome(client), InternalError)
+        server.wait_for_health(client, HealthStatus.NOT_SERVING)
+        begun = time.monotonic()
+        server.signal(signal.SIGTERM)
+        assert server.wait() == ExitCode.ENGINE
+        assert time.monotonic() - begun < 60
