@@ -133,7 +133,7 @@ class _Found:
         sizes = GPT_J_6B
         kv = 2 * 2 * sizes.num_layers * sizes.num_heads * sizes.head_dim * context
         moved = weight_pass_bytes(sizes, 2.0) + kv
-        return moved / (itl_ms / 1000) / 1e9 / copy
+        return float(moved / (itl_ms / 1000) / 1e9 / copy)
 
     def ttft_over_floor(self) -> float | None:
         """The floor: the prompt's arithmetic at the rate that a large product was measured at."""
@@ -141,7 +141,7 @@ class _Found:
         if record is None or rate is None:
             return None
         floor_ms = 1000 * prefill_flops(GPT_J_6B, _LONG_CELL[0]) / (rate * 1e12)
-        return statistics.median(record["ttft_ms"]) / floor_ms
+        return float(statistics.median(record["ttft_ms"]) / floor_ms)
 
     def streams_tokens_per_s(self, streams: int) -> float | None:
         rates = [

@@ -63,6 +63,8 @@ def plan_stages(
     repeated = ("--repeats", str(repeats))
     cells = _as_flag(TINY_CELLS if tiny else (*CELLS, STREAM_CELL))
     short_cells = _as_flag(TINY_CELLS if tiny else CELLS)
+    latency: tuple[str, ...]
+    profile: tuple[str, ...] = ()
     if tiny:
         latency = ("--cells", "3:2", "--batches", "1,2", "--steps", "1", "--repeats", "1")
         serving = ("--streams", "2", "--lengths", "3:2", "--repeats", "1")
@@ -72,7 +74,6 @@ def plan_stages(
         latency = ("--cells", _as_flag(FUSED_CELLS), "--batches", batches, *repeated)
         lengths = f"{STREAM_CELL[0]}:{STREAM_CELL[1]}"
         serving = ("--streams", str(BATCHES[-1]), "--lengths", lengths, *repeated)
-        profile = ()
 
     def stage(name: str, limit_s: float, module: str, *more: str, needs: str = "") -> Stage:
         proofs = ("kernels/shared", f"kernels/{needs}", f"model/{needs}") if needs else ()

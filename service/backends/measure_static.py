@@ -84,7 +84,7 @@ class _StaticRunner:
         from transformers import StaticCache
 
         self._model, self._device = model, device
-        self._cache = StaticCache(config=model.config, max_cache_len=max_tokens)
+        self._cache: Any = StaticCache(config=model.config, max_cache_len=max_tokens)
         self._step = torch.compile(self._forward, fullgraph=True, **_COMPILER[device.type])
         self._token = torch.zeros(1, 1, dtype=torch.long, device=device)
         self._position = torch.zeros(1, dtype=torch.long, device=device)
