@@ -192,6 +192,10 @@ $(AXE): $(AXE_DIR)/package.json $(AXE_DIR)/package-lock.json
 EVIDENCE_PYTHON ?= python3
 WHEELS ?=
 
+.PHONY: modelled-cards
+modelled-cards: $(DEV) $(PACKAGE) ## docs/modelled-cards.md (ARGS="--evidence FILE" for measured shares).
+	$(BIN)/python -m gptjet.benchmarks.gpu_evidence.modelled $(ARGS)
+
 .PHONY: gpu-evidence
 gpu-evidence: ## On a GPU: parity and speed of the kernels, as one result file (WHEELS=folder).
 	PYTHONUNBUFFERED=1 $(EVIDENCE_PYTHON) benchmarks/gpu_evidence/bootstrap.py --wheels "$(WHEELS)" $(ARGS)

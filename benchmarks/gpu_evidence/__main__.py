@@ -9,8 +9,10 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
+from gptjet.benchmarks.gpu_evidence.bars import bars_table
 from gptjet.benchmarks.gpu_evidence.runner import PASSED, run_all
 from gptjet.benchmarks.gpu_evidence.stages import as_table, plan_stages
+from gptjet.benchmarks.gpu_evidence.tables import batch_table, kernel_table, profile_table
 
 _FILE = "gpu-evidence.json"
 
@@ -23,6 +25,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--repeats", type=int, default=3, help="timed runs of each cell")
     parser.add_argument("--stage-timeout-s", type=float, default=300.0)
     parser.add_argument("--deadline-s", type=float, default=570.0, help="for all stages together")
+    names = [stage.name for stage in plan_stages(device="", tiny=True, repeats=1, timeout_s=1)]
+    parser.add_argument("--stage", action="append", choices=names, help="only this one")
     parser.add_argument("--out", type=Path, help=f"result file; default {_FILE} under $OUT")
     flags = parser.parse_args(arguments)
     stages = plan_stages(
@@ -31,6 +35,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         repeats=flags.repeats,
         timeout_s=flags.stage_timeout_s,
     )
+    if flags.stage:
+        # What a chosen stage needs is still asked for: choose the parity stages with it.
+        stages = tuple(stage for stage in stages if stage.name in flags.stage)
+    if flags.device.startswith("cpu"):
+        # Read when Triton is imported, by every process that a stage starts.
+        os.environ["TRITON_INTERPRET"] = "1"
     result_file = flags.out or default_result_file()
     result = run_all(
         stages,
@@ -39,7 +49,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         deadline_s=flags.deadline_s,
         report=lambda line: print(line, flush=True),
     )
-    print(as_table(result["summary"]))
+    records = [record for stage in result["stages"] for record in stage["records"]]
+    for table in (
+        as_table(result["summary"]),
+        batch_table(records),
+        kernel_table(records),
+        profile_table(records),
+        bars_table(result["bars"]),
+    ):
+        if table:
+            print(f"{table}\n")
     print(f"written to {result_file}")
     return 0 if all(stage["status"] == PASSED for stage in result["stages"]) else 1
 

@@ -10,13 +10,16 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from gptjet.benchmarks.environment import record_environment, without_paths
+from gptjet.benchmarks.gpu_evidence.bars import judge_bars
 from gptjet.benchmarks.gpu_evidence.stages import Record, Stage, summarize
 
 PASSED, FAILED, UNAVAILABLE, TIMED_OUT = "passed", "failed", "unavailable", "timed out"
+WITHHELD = "withheld"
 _ERROR_TAIL = 1500
 
 
@@ -86,30 +89,45 @@ def run_all(
         "environment": record_environment(),
         "stages": [],
         "summary": [],
+        "bars": [],
     }
     for stage in stages:
         left = None if deadline_s is None else deadline_s - (time.monotonic() - started)
-        if left is not None and left < 1:
-            outcome = _not_started(stage)
+        unproven = _unproven(stage, result["stages"])
+        if unproven:
+            outcome = _not_run(stage, WITHHELD, f"not proven: {', '.join(unproven)}")
+        elif left is not None and left < 1:
+            detail = "not started: the time for all stages had passed"
+            outcome = _not_run(stage, TIMED_OUT, detail)
         else:
             timeout_s = stage.timeout_s if left is None else min(stage.timeout_s, left)
             report(f"{stage.name}: running, at most {timeout_s:.0f} s")
-            outcome = run_stage(Stage(stage.name, stage.command, timeout_s))
+            outcome = run_stage(replace(stage, timeout_s=timeout_s))
         result["stages"].append(outcome)
-        result["summary"] = summarize(
-            record for done in result["stages"] for record in done["records"]
-        )
+        records = [record for done in result["stages"] for record in done["records"]]
+        result["summary"] = summarize(records)
+        result["bars"] = judge_bars(records)
         _write(result_file, result)
         words = f"{stage.name}: {outcome['status']} in {outcome['seconds']} s"
         report(f"{words}: {outcome['detail']}" if outcome["detail"] else words)
     return result
 
 
-def _not_started(stage: Stage) -> Record:
+def _unproven(stage: Stage, done: Sequence[Record]) -> list[str]:
+    """The subjects that it needs and that no stage has proven, or that one has found wrong."""
+    proofs: dict[str, bool] = {}
+    for record in (record for outcome in done for record in outcome["records"]):
+        if record["kind"] == "proof":
+            subject = record["subject"]
+            proofs[subject] = proofs.get(subject, True) and record["passed"] is True
+    return [subject for subject in stage.needs if not proofs.get(subject, False)]
+
+
+def _not_run(stage: Stage, status: str, detail: str) -> Record:
     return {
         "name": stage.name,
-        "status": TIMED_OUT,
-        "detail": "not started: the time for all stages had passed",
+        "status": status,
+        "detail": detail,
         "seconds": 0.0,
         "arguments": list(stage.command[1:]),
         "records": [],

@@ -81,14 +81,18 @@ class LaunchTensors:
 
     def check(self, tile: Tile, workspace: Workspace) -> None:
         """Raise RefusedTileError unless the result is the reference's."""
-        self._out.fill_(0 if not self._is_first_pass else float("nan"))
-        self.run(self.weights[0], tile, workspace)
-        difference = float((self._out.float() - self._expected).abs().max())
-        allowed = _TOLERANCE * float(self._expected.abs().max())
+        difference, allowed = self.difference(tile, workspace)
         if not difference <= allowed:
             raise RefusedTileError(
                 f"differs from the reference by {difference:.3g}, limit {allowed:.3g}"
             )
+
+    def difference(self, tile: Tile, workspace: Workspace) -> tuple[float, float]:
+        """(largest difference from the reference, limit), of the first weight."""
+        self._out.fill_(0 if not self._is_first_pass else float("nan"))
+        self.run(self.weights[0], tile, workspace)
+        difference = float((self._out.float() - self._expected).abs().max())
+        return difference, _TOLERANCE * float(self._expected.abs().max())
 
     def _weight(self) -> Weight:
         n, k, device = self._launch.n, self._launch.k, self._device
@@ -99,7 +103,7 @@ class LaunchTensors:
             levels = torch.randint(-127, 128, (n, k), dtype=torch.int8, device=device)
             return Int8Weight(levels, torch.rand(n, device=device) / (64 * k**0.5), bias)
         packed = torch.randint(0, 256, (n, k // 2), dtype=torch.uint8, device=device)
-        scale = (torch.randn(n, k // 128, device=device) / (4 * k**0.5)).half()
+        scale = (torch.randn(n, -(-k // 128), device=device) / (4 * k**0.5)).half()
         return Int4Weight(packed, scale, k, bias=bias)
 
 

@@ -19,7 +19,7 @@ from transformers import AutoModel, DynamicCache, GPTJConfig
 
 from gptjet.kernels.batch import BlockGeometry
 from gptjet.kernels.reference import dequantize_rows
-from gptjet.kernels.weights import LayerWeights, Weight
+from gptjet.kernels.weights import DenseWeight, LayerWeights, Weight
 from gptjet.service.models.checkpoint import Checkpoint
 from gptjet.service.models.fused import families
 from gptjet.service.models.fused.tensors import TensorFiles
@@ -218,8 +218,9 @@ def _values(
     """What some rows and columns stand for, with few float32 values beside them on the way."""
     stop = weight.shape[0] if stop is None else stop
     width = len(range(weight.shape[1])[columns])
-    values = torch.empty(stop - start, width)
-    buffer = torch.empty(min(_DEQUANTIZED_ROWS, stop - start), weight.shape[1])
+    device = _device(weight)
+    values = torch.empty(stop - start, width, device=device)
+    buffer = torch.empty(min(_DEQUANTIZED_ROWS, stop - start), weight.shape[1], device=device)
     for first in range(0, len(values), _DEQUANTIZED_ROWS):
         rows = buffer[: len(values) - first]
         dequantize_rows(weight, start + first, start + first + len(rows), rows)
@@ -228,7 +229,13 @@ def _values(
 
 
 def _bias(weight: Weight) -> torch.Tensor:
-    return torch.zeros(weight.shape[0]) if weight.bias is None else weight.bias
+    if weight.bias is None:
+        return torch.zeros(weight.shape[0], device=_device(weight))
+    return weight.bias
+
+
+def _device(weight: Weight) -> torch.device:
+    return weight.weight.device if isinstance(weight, DenseWeight) else weight.scale.device
 
 
 def _gptj_config(geometry: BlockGeometry) -> GPTJConfig:

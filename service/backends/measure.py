@@ -230,7 +230,7 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _cells(text: str) -> list[tuple[int, int]]:
+def parse_cells(text: str) -> list[tuple[int, int]]:
     """ "50:200,1000:50" -> [(50, 200), (1000, 50)]."""
     pairs = [entry.split(":") for entry in text.split(",") if entry]
     return [(int(input_tokens), int(output_tokens)) for input_tokens, output_tokens in pairs]
@@ -242,7 +242,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--backend", choices=("huggingface", "deepspeed"), required=True)
     parser.add_argument("--geometry", choices=sorted(GEOMETRIES), default="gpt-j-6b")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--cells", type=_cells, default=[], help="input:output,… ; none: parity")
+    parser.add_argument(
+        "--cells", type=parse_cells, default=[], help="input:output,… ; none: parity"
+    )
     parser.add_argument("--repeats", type=int, default=3)
     flags = parser.parse_args(arguments)
     try:
