@@ -249,8 +249,8 @@ class Dequantize:
 class Sampling:
     """Ids against what PyTorch allows: the likeliest one, or any of the set that is kept.
 
-    Which of the set is drawn is the engine's business: the fused backend's parity stage holds the
-    kernel to the engine's own sampler, id by id.
+    Which of the set is drawn is the engine's business: the kernel's own tests hold it to the
+    engine's sampler, id by id, through the interpreter.
     """
 
     copies = 1
