@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -18,6 +19,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # GPU kernels run through Triton's interpreter. Triton's own library reads this when it is imported,
 # which transformers may do in whichever test is first.
 os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# A shell starts its background jobs with Ctrl-C ignored, and so would be the processes that tests
+# interrupt.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 END_OF_TEXT = "<|endoftext|>"
 
