@@ -28,6 +28,9 @@ EXIT_OK, EXIT_FAILURE, EXIT_USAGE, EXIT_ENGINE = 0, 1, 2, 6
 
 _THREAD_PREFIX = "gptjet-"
 
+# Such a task has one message to send on a connection that has gone: milliseconds.
+_LAST_TASKS_S = 1.0
+
 
 class LoadedModel(Protocol):
     """What a loader gives; `gptjet.service.backends.factory` has one of these."""
@@ -87,6 +90,7 @@ async def serve(config: ServerConfig, *, loader: Loader) -> int:
         code = EXIT_FAILURE
     if server.failed.is_set():
         code = EXIT_ENGINE
+    await _let_tasks_end()
     logger.info("stopped", exit_code=code)
     flush_log()
     return code
@@ -104,6 +108,17 @@ def run(config: ServerConfig, *, loader: Loader) -> int:
     ):
         _exit_now(code)
     return code
+
+
+async def _let_tasks_end() -> None:
+    """Wait for what gRPC has left to do for calls that came as it stopped.
+
+    Its `stop` does not wait for the coroutine that is still refusing such a call; `asyncio.run`
+    would cancel it, which gRPC reports as an error with a traceback.
+    """
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    if others:
+        await asyncio.wait(others, timeout=_LAST_TASKS_S)
 
 
 async def _bring_up(server: Server, loader: Loader) -> int:

@@ -323,16 +323,26 @@ class Server:
         return max(0.0, end - time.monotonic())
 
     async def _close_connections(self) -> None:
-        """Wait until what has just ended is sent, and close every connection.
+        """Take no connection, wait until what has just ended is sent, and close every connection.
 
         A call that comes then sees its connection end, UNAVAILABLE, and may be tried again
-        elsewhere; gRPC's own `stop` would say CANCELLED.
+        elsewhere; gRPC's own `stop` would say CANCELLED, also to one on a connection that was made
+        between here and that `stop`.
         """
+        if self.config.reuse_port:
+            sockets.close_listeners(self.port)
+        else:
+            sockets.refuse_connections(self.port)
         end, num_quiet = time.monotonic() + _FLUSH_S, 0
         while num_quiet < _QUIET_POLLS and time.monotonic() < end:
             await asyncio.sleep(_POLL_S)
             num_quiet = 0 if sockets.num_unsent_bytes(self.port) else num_quiet + 1
         sockets.close_connections(self.port)
+        # gRPC itself has to see them end before it may be stopped.
+        end = time.monotonic() + _FLUSH_S
+        while sockets.num_connections(self.port) and time.monotonic() < end:
+            await asyncio.sleep(_POLL_S)
+            sockets.close_connections(self.port)
 
     async def _drain_engine(self, engine: AsyncEngine, grace_s: float) -> bool:
         started = time.monotonic()

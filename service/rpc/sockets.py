@@ -8,15 +8,22 @@ only: elsewhere nothing is found.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import fcntl
 import os
 import socket
+import struct
 import sys
 import termios
 from collections.abc import Iterator
 from pathlib import Path
 
 _DESCRIPTORS = Path("/proc/self/fd")
+
+# Not in Python's socket module. Linux, asm-generic/socket.h.
+_SO_ATTACH_FILTER = 26
+# One instruction of a classic socket filter: return 0, "keep no byte of this packet".
+_DROP_ALL = struct.pack("HBBI", 0x06, 0, 0, 0)
 
 
 def close_listeners(port: int) -> int:
@@ -31,6 +38,21 @@ def close_listeners(port: int) -> int:
             own.shutdown(socket.SHUT_RDWR)
             num_closed += 1
     return num_closed
+
+
+def refuse_connections(port: int) -> None:
+    """Let nobody connect to a port any more; connections stay, and gRPC notices nothing.
+
+    The kernel drops what would connect, which tries again within a second and is refused when
+    this process has stopped listening. For a port that no other process takes over: its share of
+    the new connections is dropped too.
+    """
+    instruction = ctypes.create_string_buffer(_DROP_ALL, len(_DROP_ALL))
+    program = struct.pack("HP", 1, ctypes.addressof(instruction))
+    for own in _sockets_on(port):
+        if own.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+            with contextlib.suppress(OSError):  # a sandbox without socket filters
+                own.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, program)
 
 
 def num_connections(port: int) -> int:
