@@ -14,9 +14,7 @@ import grpc
 import pytest
 
 from gptjet.proto.v1 import text_generation_pb2 as pb
-from gptjet.service.client import (
-    UnauthenticatedError,
-)
+from gptjet.service.client import UnauthenticatedError
 from gptjet.service.config import ServerConfig
 from gptjet.service.rpc.access.control import Outcome, Tokens
 from gptjet.service.rpc.access.tokens_file import editing
