@@ -191,7 +191,7 @@ async def test_message_over_the_limit_is_refused_with_both_sizes(start_server: S
 
 
 async def test_full_queue_says_when_to_come_back(start_server: StartServer) -> None:
-    backend = MockBackend(max_sequences=1, decode_ms=5)
+    backend = MockBackend(max_sequences=1, decode_ms=25)
     running = await start_server(backend=backend, max_queue_size=1)
     first = running.client.generate_stream("a", max_new_tokens=400)
     await anext(first)  # it runs

@@ -26,7 +26,8 @@ async def test_the_summary_says_what_the_cache_and_the_guesses_brought(start_ser
 
 
 async def test_tokens_of_one_step_arrive_in_one_message_in_order(start_server: Any) -> None:
-    backend = MockBackend(paged=True, max_draft_tokens=4)
+    # Steps so far apart that what one makes is sent before the next one ends.
+    backend = MockBackend(paged=True, max_draft_tokens=4, decode_ms=500)
     client = (await start_server(backend=backend)).client
     options = {"max_new_tokens": 6, "prompt_lookup_tokens": 3, "logprobs": 0, "stop": "ma"}
     async with client.generate_stream("hijklm ghi", **options) as stream:

@@ -177,7 +177,7 @@ async def test_prompt_stays_out_of_the_log_unless_asked_for(start_server: StartS
 
 
 async def test_caller_that_leaves_stops_the_score(start_server: StartServer) -> None:
-    backend = MockBackend(decode_ms=10)
+    backend = MockBackend(decode_ms=100)
     running = await start_server(backend=backend)
     scoring = asyncio.create_task(running.client.score("ab", ["c"] * 64))
     await running.until(lambda: bool(backend.cached))
@@ -191,10 +191,11 @@ async def test_caller_that_leaves_stops_the_score(start_server: StartServer) -> 
 
 
 async def test_deadline_stops_the_score(start_server: StartServer) -> None:
-    backend = MockBackend(decode_ms=20)
+    backend = MockBackend(decode_ms=100)
     running = await start_server(backend=backend)
+    await running.client.health()  # there is a connection
     with pytest.raises(DeadlineExceededError):
-        await running.client.score("ab", ["c"] * 64, timeout_s=0.2)
+        await running.client.score("ab", ["c"] * 64, timeout_s=0.8)
     line = await running.request_line(method="Score")
     assert (line["code"], line["finish_reason"]) == ("DEADLINE_EXCEEDED", "deadline")
     await running.until(lambda: not backend.cached)
@@ -229,7 +230,7 @@ async def test_failed_score_is_internal_with_an_id_and_others_are_answered(
 
 
 async def test_full_queue_refuses_with_a_retry_time(start_server: StartServer) -> None:
-    running = await start_server(backend=MockBackend(decode_ms=20), max_queue_size=1)
+    running = await start_server(backend=MockBackend(decode_ms=100), max_queue_size=1)
     first = asyncio.create_task(running.client.score("ab", ["c"] * 64))
     await running.until(lambda: bool(running.backend.cached))
     second = asyncio.create_task(running.client.score("ab", ["c"]))
@@ -250,7 +251,7 @@ async def test_score_is_unavailable_while_the_model_loads(start_server: StartSer
 async def test_draining_server_answers_the_scores_it_has_and_takes_no_more(
     start_server: StartServer,
 ) -> None:
-    running = await start_server(backend=MockBackend(decode_ms=10))
+    running = await start_server(backend=MockBackend(decode_ms=100))
     scoring = asyncio.create_task(running.client.score("ab", ["c"] * 20))
     await running.until(lambda: bool(running.backend.cached))
     draining = asyncio.create_task(running.server.drain(20.0))

@@ -70,7 +70,7 @@ async def test_a_finished_request_is_charged_its_prompt_and_its_output(guarded: 
     server = await guarded({"tokens_per_minute": 1000, "requests_per_minute": 10})
     await server.client.generate("abc", max_new_tokens=5)  # 3 + 5
     stream = server.client.generate_stream("abcd", max_new_tokens=6, n=2)  # 4 + 12
-    assert len([chunk async for chunk in stream]) == 12
+    assert sum([len(chunk.token_ids) async for chunk in stream]) == 12
     # Stops early: 2 prompt tokens and the "c" that was delivered, not the 100 it reserved.
     assert (await server.client.generate("ab", max_new_tokens=100, stop=["d"])).text == "c"
     await server.client.score("ab", ["c", "de"])  # 2 + 3
