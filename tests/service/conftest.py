@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import shutil
 import subprocess
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, MutableMapping
@@ -98,6 +99,16 @@ async def start_server(logs: list[MutableMapping[str, Any]]) -> AsyncIterator[St
         for client in (running.client, *running.extra_clients):
             await client.close()
         await running.server.drain(0.0)
+
+
+@pytest.fixture
+def own_logging() -> Iterator[None]:
+    """`serve` configures logging for its process; put it back."""
+    root, ours = logging.getLogger(), logging.getLogger("gptjet")
+    before = (root.handlers, root.level, ours.level)
+    yield
+    structlog.reset_defaults()
+    root.handlers, root.level, ours.level = before
 
 
 @dataclass(frozen=True)

@@ -67,7 +67,7 @@ def measure(folder: Path, dtype: str) -> tuple[int, int, int]:
         capture_output=True,
         text=True,
         check=True,
-        timeout=120,
+        timeout=280,
     )
     assert result.stderr == "", "loading is silent where stderr is no terminal"
     weights, resident, anonymous = map(int, result.stdout.split())

@@ -171,7 +171,7 @@ def test_names_of_attributes_are_those_of_the_conventions() -> None:
 
 
 async def test_a_stream_that_its_caller_leaves_is_cancelled_and_has_its_phases() -> None:
-    async with Traced(backend=MockBackend(decode_ms=2)) as traced:
+    async with Traced(backend=MockBackend(decode_ms=20)) as traced:
         message = pb.GenerateStreamRequest(
             text="abc", sampling_params=pb.SamplingParams(max_new_tokens=500)
         )

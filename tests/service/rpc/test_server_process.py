@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import signal
 import socket
@@ -146,16 +145,6 @@ def test_sigterm_while_loading_exits_0(start_process: Callable[[str], Process]) 
     assert "Traceback" not in log
     # Under a thread that is still inside torch, that can crash, and the exit code be another.
     assert "interpreter shut down" not in log
-
-
-@pytest.fixture
-def own_logging() -> Iterator[None]:
-    """`serve` configures logging for its process; put it back."""
-    root, ours = logging.getLogger(), logging.getLogger("gptjet")
-    before = (root.handlers, root.level, ours.level)
-    yield
-    structlog.reset_defaults()
-    root.handlers, root.level, ours.level = before
 
 
 def raise_load_error(config: ServerConfig) -> Any:
