@@ -63,7 +63,7 @@ def start_sweep(*arguments: str) -> subprocess.Popen[str]:
 
 def run_cli(*arguments: str) -> tuple[int, str, str]:
     process = start_sweep(*arguments)
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=240)
     return process.returncode, out, err
 
 

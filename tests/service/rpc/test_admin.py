@@ -198,7 +198,7 @@ async def test_status_says_what_runs_and_who_uses_it(
         assert (status.state, status.backend) == (pb.SERVER_STATE_LOADING, "")
         from gptjet.service.engine.tokenizer import ByteTokenizer
 
-        await running.server.attach(MockBackend(decode_ms=5), ByteTokenizer())
+        await running.server.attach(MockBackend(decode_ms=25), ByteTokenizer())
         client = running.new_client(token=web, retry=None)
         stream = client.generate_stream("abc", max_new_tokens=400)
         await anext(stream)
@@ -238,7 +238,10 @@ async def test_administration_is_not_under_the_quotas_of_callers(
     """Else a limit for every token locks out whoever would raise it."""
     token = add_token(tmp_path / "t", "op", scopes=["generate", "admin"], requests_per_minute=1)
     running = await start_server(
-        tokens_file=tmp_path / "t", admin_port=0, token_concurrent_streams=1
+        backend=MockBackend(decode_ms=25),
+        tokens_file=tmp_path / "t",
+        admin_port=0,
+        token_concurrent_streams=1,
     )
     client = running.new_client(token=token, retry=None)
     stream = client.generate_stream("abc", max_new_tokens=400)
