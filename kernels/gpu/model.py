@@ -2,7 +2,7 @@
 
 A pass goes one of two ways.
 
-    rows      a token or a few of each sequence (decoding, drafts), `max_rows` rows at most; see row_pass
+    rows      a token or a few of each sequence (decoding, drafts), at most `max_rows`: row_pass
     prefill   everything else: prompts and their chunks
 
 The residual stream is float32, everything else float16; kernels compute in float32.
