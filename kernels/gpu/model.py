@@ -88,7 +88,7 @@ class GpuModel:
             _check_weight(weight)
         capability = capability_of(self.device)
         self._max_gemv_rows = min(max_gemv_rows(weight, capability) for weight in weights)
-        self._matmul = Matmul(operations.dequantize_rows, weights, self.device)
+        self._matmul = Matmul(operations, weights, self.device)
         self._cos, self._sin = reference.rotary_tables(
             geometry.max_context, geometry.rotary_dim, self.device
         )
@@ -233,7 +233,7 @@ class GpuModel:
         self._layers.clear()
         self._views.clear()
         self._kv_cache = None
-        self._matmul = Matmul(self._operations.dequantize_rows, [], self.device)
+        self._matmul = Matmul(self._operations, [], self.device)
         self._buffers = _Buffers(self.geometry, 0, self.device)
         self._attention_workspace = self._attention_workspace.new_empty(0)
         self._workspace = Workspace.allocate(self.device, 0, 0)
