@@ -28,6 +28,7 @@ GPT_J_6B = BlockGeometry(
 
 MODULES: tuple[str, ...] = (
     "dequantize",
+    "dot_linear",
     "embedding",
     "gelu_linear_residual",
     "layer_norm_linear",
