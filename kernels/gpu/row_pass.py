@@ -15,13 +15,11 @@ import torch
 
 from gptjet.kernels.batch import BLOCK_SIZE, ForwardBatch
 from gptjet.kernels.gpu.buffers import (
-    CpuTransfers,
-    CudaTransfers,
     IdReader,
     RowBuffers,
     RowInputs,
     SampledIds,
-    Transfers,
+    transfers_for,
 )
 from gptjet.kernels.gpu.gemv_launch import capability_of
 from gptjet.kernels.gpu.graphs import BucketedPass, CaptureError, Recorder, bucket_for, row_buckets
@@ -64,9 +62,7 @@ class RowPass:
         self._operations, self._passes = operations, passes
         self._cos, self._sin = rotary
         device = head.embedding.device
-        transfers: Transfers = CpuTransfers()
-        if device.type == "cuda":
-            transfers = CudaTransfers(device)
+        transfers = transfers_for(device)
         table_width = -(-geometry.max_context // BLOCK_SIZE)
         self._inputs = RowBuffers(max_rows, table_width, device, transfers)
         self._views: dict[int, RowInputs] = {}
