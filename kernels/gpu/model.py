@@ -10,6 +10,7 @@ The residual stream is float32, everything else float16; kernels compute in floa
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -154,6 +155,12 @@ class GpuModel:
             return self._row_pass.sample(batch, sampling, kv_cache)
 
     @torch.no_grad()
+    def launch_each(self, kv_cache: torch.Tensor) -> None:
+        """Launch every row pass once, over whatever is in the buffers: for the launches' sake."""
+        with self._on_device():
+            self._row_pass.launch_each(kv_cache)
+
+    @torch.no_grad()
     def copy_blocks(self, copies: Sequence[tuple[int, int]], kv_cache: torch.Tensor) -> None:
         """Copy (source, destination) blocks, all sources before any destination is written.
 
@@ -252,10 +259,15 @@ class GpuModel:
             batch.block_tables.flatten(),
             batch.logits_rows,
         ]
+        # Each begins at a multiple of 16 bytes, as kernels are compiled for pointers that do.
+        starts = list(itertools.accumulate((-(-p.numel() // 4) * 4 for p in parts), initial=0))
+        host = torch.zeros(starts[-1], dtype=torch.int32)
+        for start, part in zip(starts, parts, strict=False):
+            host[start : start + part.numel()] = part
         # One buffer, pinned by nobody: torch waits for a copy out of pageable memory, which is
         # nothing beside a prefill, and the runner may then write its arrays anew.
-        together = torch.cat(parts).to(self.device)
-        sent = list(torch.split(together, [part.numel() for part in parts]))
+        together = host.to(self.device)
+        sent = [together[s : s + p.numel()] for s, p in zip(starts, parts, strict=False)]
         sent[3] = sent[3].view(batch.block_tables.shape)
         return sent
 

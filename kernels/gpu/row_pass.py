@@ -117,6 +117,14 @@ class RowPass:
         self._run(self._sampling_passes[kind], bucket, kv_cache)
         return self._ids.start(self._buffers.sampled[:rows])
 
+    def launch_each(self, kv_cache: torch.Tensor) -> None:
+        """Launch every bucket, and its sampling in every kind, over whatever is in the buffers."""
+        for bucket in self.buckets:
+            self._kv_cache = kv_cache
+            self._launch_logits(bucket)
+            for kind in _SAMPLING_KINDS:
+                self._launch_sampling(kind, bucket)
+
     def capture(
         self,
         kv_cache: torch.Tensor,
