@@ -27,7 +27,7 @@ ENTRY = {
 KINDS = ("float16", "int8", "int4")
 
 
-def make(kind: str, n: int = 24, k: int = 64, group: int = 32) -> Weight:
+def make(kind: str, n: int = 24, k: int = 64, group: int = 64) -> Weight:
     generator = torch.Generator().manual_seed(n + k)
     values = torch.randn(n, k, generator=generator) * k**-0.5
     bias = torch.randn(n, generator=generator)
@@ -163,7 +163,7 @@ def test_rows_go_the_way_of_their_route(kind: str) -> None:
 
 
 def test_groups_that_dot_linear_does_not_take_go_to_cublas() -> None:
-    weight = make("int4", group=16)
+    weight = make("int4", group=32)
     counting = Counting(reference_operations())
     by = Matmul(counting.operations, [weight], torch.device("cpu"), capability=90)
     passes(by, weight, 33)
