@@ -183,12 +183,13 @@ def triton_operations() -> Operations:
     """The kernels. Imports Triton, so that nothing else has to."""
     import triton
 
-    from gptjet.kernels.gpu import paged_attention as attention
+    from gptjet.kernels.gpu.attention_tile import default_tile, workspace_elements
     from gptjet.kernels.gpu.dequantize import dequantize_rows
     from gptjet.kernels.gpu.dot_linear import dot_linear
     from gptjet.kernels.gpu.embedding import embed
     from gptjet.kernels.gpu.gelu_linear_residual import gelu_linear_residual
     from gptjet.kernels.gpu.layer_norm_linear import layer_norm_linear
+    from gptjet.kernels.gpu.paged_attention import paged_attention
     from gptjet.kernels.gpu.rotary_kv import rotary_write_kv
     from gptjet.kernels.gpu.sampling import SamplingParameters, SamplingWorkspace, sample
 
@@ -198,8 +199,8 @@ def triton_operations() -> Operations:
         sample(logits, SamplingParameters(sampling), out, **options)
 
     def workspace(rows: int, heads: int, head_dim: int, table_width: int, capability: int) -> int:
-        tile = attention.default_tile(head_dim, capability)
-        return attention.workspace_elements(rows, heads, head_dim, table_width, tile)
+        tile = default_tile(head_dim, capability)
+        return workspace_elements(rows, heads, head_dim, table_width, tile)
 
     return Operations(
         f"Triton {triton.__version__} kernels",
@@ -207,7 +208,7 @@ def triton_operations() -> Operations:
         layer_norm_linear,
         gelu_linear_residual,
         rotary_write_kv,
-        attention.paged_attention,
+        paged_attention,
         workspace,
         dequantize_rows,
         dot_linear,

@@ -247,9 +247,13 @@ class Server:
 
     @property
     def state(self) -> str:
-        """ "loading", "serving" or "draining", as does one whose engine has failed for good."""
-        has_failed = self.engine is not None and self.engine.failure is not None
-        if self._draining or self.stop_asked.is_set() or has_failed:
+        """ "loading", "serving", "draining", or "failed": its engine has, for good.
+
+        Also while it drains for that: what its administrator has to know is that it failed.
+        """
+        if self.engine is not None and self.engine.failure is not None:
+            return "failed"
+        if self._draining or self.stop_asked.is_set():
             return "draining"
         return "loading" if self.engine is None else "serving"
 
