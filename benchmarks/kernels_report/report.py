@@ -31,8 +31,9 @@ Compiled ahead of time, without a card, at GPT-J-6B's sizes. *resident warps*: o
 by calculation, with what limits them. *16 B loads*: loads of 16 bytes that one thread waits for at
 once, in its loop. *KiB in flight*: bytes that all resident programs of a multiprocessor wait for at
 once. *KiB needed*: by Little's law, the card's datasheet bandwidth times {latency:.1f} microseconds
-of latency, for one multiprocessor. *matrix units*: their instructions in the loop. *moved / minimum*: bytes that all programs ask for, over bytes
-that no launch could do without; what is asked for more than once comes from a cache."""
+of latency, for one multiprocessor. *matrix units*: their instructions in its loop. *moved /
+minimum*: bytes that all programs ask for, over bytes that no launch could do without; what is asked
+for more than once comes from a cache."""
 
 
 def problems(compiled: Iterable[Compiled]) -> list[str]:

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 
 from gptjet.kernels.gpu.compile_case import CAPABILITIES, GPT_J_6B, CompileCase
-from gptjet.kernels.gpu.gemv import FP16, INT4, INT8, arrived_last
+from gptjet.kernels.gpu.gemv import FP16, INT8, arrived_last
 from gptjet.kernels.gpu.gemv_cases import pointers_of, weight_num_bytes
 from gptjet.kernels.gpu.gemv_launch import (
     SMALLEST_DOT_GROUP,

@@ -288,6 +288,12 @@ def _table() -> Mapping[Launch, Entry]:
     return {entry.launch: entry for entry in read_table(TABLE_PATH)}
 
 
+def forget_table() -> None:
+    """Have choose_tile read the table anew: for who has written to it."""
+    _table.cache_clear()
+    _choose.cache_clear()
+
+
 _LAUNCH_TYPES = {field.name: field.type for field in fields(Launch)}
 _TILE_NAMES = tuple(field.name for field in fields(Tile))
 
