@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 
 from gptjet.kernels.gpu.compile_case import CAPABILITIES, GPT_J_6B, CompileCase
-from gptjet.kernels.gpu.gemv import FP16, INT4, INT8, arrived_last
+from gptjet.kernels.gpu.gemv import FP16, INT8, arrived_last
 from gptjet.kernels.gpu.gemv_cases import pointers_of, weight_num_bytes
 from gptjet.kernels.gpu.gemv_launch import (
     SMALLEST_DOT_GROUP,
@@ -45,13 +45,23 @@ _OUT_DTYPES = (torch.float16, torch.float32)
 
 
 @triton.jit
-def _halves(levels, MIDDLE: tl.constexpr):
-    """Unsigned levels less MIDDLE as float16, exactly, without an integer conversion.
+def _pairs(words, MASK: tl.constexpr, UNIT: tl.constexpr, MIDDLE: tl.constexpr):
+    """Two levels of each word [BLOCK_N, words], less MIDDLE: [BLOCK_N, 2 * words] float16, exactly.
 
-    0x6400 is 1024, of which a mantissa holds the integers below it as they are.
+    MASK holds one in the lower half and one in the upper, each at UNIT times its size. 0x6400 is
+    1024 in float16, of which a mantissa holds the integers below it as they are, so that a level
+    becomes a number without a conversion. Exclusive or with 128 is plus 128 for a two's complement
+    byte read as unsigned.
+
+    All of it is the same for each word, and constants are constants: that lets the compiler do it
+    behind the shuffle that the matrix units ask for, which is then one of bytes.
     """
-    bits = levels.to(tl.uint16) | 0x6400
-    return bits.to(tl.float16, bitcast=True) - (1024 + MIDDLE)
+    EXPONENT: tl.constexpr = 0x64006400 | (0x00800080 if MIDDLE == 128 else 0)
+    bits = (words & MASK) ^ EXPONENT
+    low = bits.to(tl.uint16).to(tl.float16, bitcast=True)
+    high = (bits >> 16).to(tl.uint16).to(tl.float16, bitcast=True)
+    levels = tl.reshape(tl.join(low, high), [words.shape[0], 2 * words.shape[1]])
+    return levels * (1 / UNIT) - (1024 / UNIT + MIDDLE)
 
 
 @triton.jit
@@ -95,12 +105,12 @@ def _dot_linear_kernel(
     row = first_row + tl.arange(0, BLOCK_M)
     is_row = row < rows
     x_rows = x_ptr + row.to(tl.int64) * x_stride
-    # A byte of INT4 holds two features.
-    PER_COLUMN: tl.constexpr = 2 if KIND == INT4 else 1
-    COLUMNS: tl.constexpr = BLOCK_K // PER_COLUMN
-    weight_rows = weight_ptr + output.to(tl.int64) * row_stride
+    # A column is a float16, or a word of four int8 or eight int4 weights.
+    PER_COLUMN: tl.constexpr = 1 if KIND == FP16 else (4 if KIND == INT8 else 8)
+    columns_ptr = weight_ptr if KIND == FP16 else weight_ptr.to(tl.pointer_type(tl.uint32))
+    weight_rows = columns_ptr + output.to(tl.int64) * row_stride
     scale_rows = scale_ptr + output.to(tl.int64) * scale_stride
-    column = tl.arange(0, COLUMNS)
+    column = tl.arange(0, BLOCK_K // PER_COLUMN)
     feature = tl.arange(0, BLOCK_K)
 
     total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
@@ -118,19 +128,30 @@ def _dot_linear_kernel(
         if KIND == FP16:
             total = tl.dot(tile, tl.trans(x), total)
         elif KIND == INT8:
-            # Exclusive or with 128 is plus 128 for a two's complement byte read as unsigned.
-            weights = _halves(tile.to(tl.uint8, bitcast=True) ^ 0x80, 128)
-            total = tl.dot(weights, tl.trans(x), total)
+            # A word's bytes 0 and 2 are features 0 and 2: two products, of every other feature.
+            even, odd = tl.split(tl.reshape(x, [BLOCK_M, BLOCK_K // 2, 2]))
+            weights = _pairs(tile, 0x00FF00FF, 1, 128)
+            total = tl.dot(weights, tl.trans(even), total)
+            weights = _pairs(tile >> 8, 0x00FF00FF, 1, 128)
+            total = tl.dot(weights, tl.trans(odd), total)
         else:
             scale_mask = is_output
             if not EVEN_K:
                 scale_mask = scale_mask & (first < k)
-            scales = tl.load(scale_rows + first // GROUP, mask=scale_mask, other=0)
-            even, odd = tl.split(tl.reshape(x, [BLOCK_M, COLUMNS, 2]))
-            low = _halves(tile & 15, 8) * scales[:, None]
-            total = tl.dot(low, tl.trans(even), total)
-            high = _halves(tile >> 4, 8) * scales[:, None]
-            total = tl.dot(high, tl.trans(odd), total)
+            scales = tl.load(scale_rows + first // GROUP, mask=scale_mask, other=0)[:, None]
+            # Nibbles 0 and 4 are features 0 and 4: four products, of every fourth feature. The
+            # higher nibble of a byte stays where it is, 16 times its size.
+            even, odd = tl.split(tl.reshape(x, [BLOCK_M, BLOCK_K // 4, 2, 2]))
+            x0, x2 = tl.split(even)
+            x1, x3 = tl.split(odd)
+            weights = _pairs(tile, 0x000F000F, 1, 8) * scales
+            total = tl.dot(weights, tl.trans(x0), total)
+            weights = _pairs(tile, 0x00F000F0, 16, 8) * scales
+            total = tl.dot(weights, tl.trans(x1), total)
+            weights = _pairs(tile >> 8, 0x000F000F, 1, 8) * scales
+            total = tl.dot(weights, tl.trans(x2), total)
+            weights = _pairs(tile >> 8, 0x00F000F0, 16, 8) * scales
+            total = tl.dot(weights, tl.trans(x3), total)
 
     mask = is_output[:, None] & is_row[None, :]
     if SPLIT_K > 1:
@@ -166,7 +187,7 @@ def dot_linear(
     """out [T, N] = x @ weight.T plus its bias, for any T; from 9 on it is worth it.
 
     x          [T, K] float16, a row's features together
-    weight     [N, K]: float16, INT8, or INT4 in groups of at least 32, as `align_rows` gives it
+    weight     [N, K]: float16, INT8, or INT4 in groups of at least 64, as `align_rows` gives it
     out        [T, N] float16 or float32, a row's outputs together; rows may stand apart
     add        add to `out`, which is float32 then
     workspace  needed where the tile's split_k is above 1; without one, such a launch makes its own,
@@ -205,7 +226,7 @@ def dot_linear(
         rows,
         n,
         k,
-        arguments.row_stride * arguments.column_bytes // arguments.values.element_size(),
+        arguments.row_stride,
         arguments.scale_stride,
         x.stride(0),
         out.stride(0),

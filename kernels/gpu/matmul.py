@@ -27,13 +27,16 @@ class Matmul:
         device: torch.device,
         *,
         capability: int | None = None,
+        dot_rows: int | None = None,
     ) -> None:
         """`weights` are those it will be given: dense ones need no buffer.
 
         capability  whose routes are taken; the device's, if None
+        dot_rows    most rows that go to dot_linear, whatever the routes say; theirs, if None
         """
         self._operations = operations
         self._capability = capability_of(device) if capability is None else capability
+        self._dot_rows = dot_rows
         needed = max((_tile_size(weight) for weight in weights), default=0)
         self._tile = torch.empty(needed, dtype=torch.float16, device=device)
         by_dot = [(most, weight) for weight in weights if (most := self._most_dot_rows(weight))]
@@ -100,6 +103,8 @@ class Matmul:
     def _most_dot_rows(self, weight: Weight) -> int:
         if isinstance(weight, Int4Weight) and weight.group < SMALLEST_DOT_GROUP:
             return 0
+        if self._dot_rows is not None:
+            return self._dot_rows
         span = route_of(weight, self._capability).dot_rows
         return 0 if span is None else span[1]
 

@@ -100,7 +100,12 @@ def weight_type_of(weight: Weight) -> str:
 
 
 @functools.cache
-def load_routes(path: Path = ROUTES_PATH) -> tuple[Route, ...]:
+def load_routes() -> tuple[Route, ...]:
+    """The entries of routes.toml. Raises RouteError for one that cannot be right."""
+    return read_routes(ROUTES_PATH)
+
+
+def read_routes(path: Path) -> tuple[Route, ...]:
     """The entries of a file of routes. Raises RouteError for one that cannot be right."""
     try:
         entries = tomllib.loads(path.read_text(encoding="utf-8")).get("route", [])

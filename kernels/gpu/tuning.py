@@ -73,8 +73,8 @@ class Tile:
             self._require_matrix_units()
 
     def _require_matrix_units(self) -> None:
-        """Whole instructions: 16 rows, outputs and features, the latter of each nibble."""
-        for name, least in (("block_m", 16), ("block_n", 16), ("block_k", 32)):
+        """Whole instructions: 16 rows, outputs and features, of INT4 of every fourth feature."""
+        for name, least in (("block_m", 16), ("block_n", 16), ("block_k", 64)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= 256:
                 raise TuningError(f"{name} must be {least} to 256 for {DOT_LINEAR}, not {value!r}")
@@ -240,7 +240,7 @@ def _default_dot_tile(launch: Launch, card: Card) -> Tile:
     block_n = 64 if block_m == 16 else 128
     # Shared memory holds _DOT_STAGES of both; an A10 has 99 KiB of it.
     block_k = 128 if block_m <= 32 and weight_bytes < 2 else 64
-    block_k = min(block_k, max(32, _power_of_two(launch.k)))
+    block_k = min(block_k, max(64, _power_of_two(launch.k)))
     steps = -(-launch.k // block_k)
     programs = -(-launch.n // block_n) * -(-launch.rows // block_m)
     in_flight = 2 * card.bandwidth_gb_s * 1e9 * LATENCY_S / card.multiprocessors
@@ -286,6 +286,12 @@ def _power_of_two(at_least: int) -> int:
 @functools.lru_cache(maxsize=1)
 def _table() -> Mapping[Launch, Entry]:
     return {entry.launch: entry for entry in read_table(TABLE_PATH)}
+
+
+def forget_table() -> None:
+    """Have choose_tile read the table anew: for who has written to it."""
+    _table.cache_clear()
+    _choose.cache_clear()
 
 
 _LAUNCH_TYPES = {field.name: field.type for field in fields(Launch)}

@@ -1,4 +1,4 @@
-"""A weight pass by the way that its number of rows goes: GEMV kernels for few, cuBLAS for many."""
+"""A weight pass by the way that its number of rows goes: GEMV kernels for few, Matmul for many."""
 
 from __future__ import annotations
 

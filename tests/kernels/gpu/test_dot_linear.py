@@ -42,7 +42,7 @@ def random(*shape: int, seed: int) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def make_weight(kind: str, n: int, k: int, *, bias: bool = True, group: int = 32) -> Weight:
+def make_weight(kind: str, n: int, k: int, *, bias: bool = True, group: int = 64) -> Weight:
     """Rows of very different size, some scales negative, poison between the rows."""
     rows = random(n, k, seed=n * k) * torch.logspace(-2, 1, n).unsqueeze(1)
     offset = guarded(random(n, seed=3)) if bias else None
@@ -164,18 +164,18 @@ def test_the_tile_of_the_table_is_the_default(kind: str, rows: int) -> None:
 
 
 def test_a_group_shorter_than_a_tile_shortens_the_tile() -> None:
-    """Each tile has one scale an output: 128 features are four tiles of a group of 32."""
-    for group in (32, 64, 128, 256):
+    """Each tile has one scale an output: 128 features are two tiles of a group of 64."""
+    for group in (64, 128, 256):
         check(9, make_weight("int4", 6, 256, group=group), small_tile(256, block_k=128, split_k=2))
 
 
 def test_every_level_is_read_as_what_it_stands_for() -> None:
     levels = torch.arange(-8, 8, dtype=torch.int8)
-    four = quantize_int4(torch.stack([levels.roll(shift) for shift in range(16)]).float(), group=32)
+    four = quantize_int4(torch.stack([levels.roll(shift) for shift in range(16)]).float(), group=64)
     eight = Int8Weight(guarded(torch.arange(-128, 128).to(torch.int8).view(16, 16)), torch.ones(16))
     for weight in (align_rows(four), eight):
         out = torch.full((16, 16), NAN)
-        dot_linear(torch.eye(16).half(), weight, out, tile=small_tile(16, block_k=32))
+        dot_linear(torch.eye(16).half(), weight, out, tile=small_tile(16, block_k=64))
         # INT4 weights are float16 once they are scaled.
         assert torch.equal(out.T, dequantize(weight).half().float())
 
@@ -188,7 +188,7 @@ def test_int4_weights_are_the_float16_ones_that_cublas_gets() -> None:
     halves = torch.empty(16, 32, dtype=torch.float16)
     dequantize_rows(weight, 0, 16, halves)
     out = torch.full((32, 16), NAN)
-    dot_linear(torch.eye(32, dtype=torch.float16), weight, out, tile=small_tile(32, block_k=32))
+    dot_linear(torch.eye(32, dtype=torch.float16), weight, out, tile=small_tile(32, block_k=64))
     assert torch.equal(out.T, halves.float())
 
 
@@ -216,9 +216,9 @@ def test_what_it_does_not_take_is_refused_before_anything_is_written() -> None:
     _refused(weight, "needs a tile with a block_m", tile=Tile(4, 64, 4, 2, 1))
     _refused(weight, "split_k must be 1", tile=small_tile(128, split_k=2))
     _refused(DenseWeight(torch.zeros(4, 63).half()), "align_rows")
-    _refused(make_weight("int4", 4, 64, group=16), "groups of at least 32, not 16")
+    _refused(make_weight("int4", 4, 64, group=32), "groups of at least 64, not 32")
     small = Workspace(torch.full((1,), NAN), torch.zeros(1, dtype=torch.int32))
-    tile = small_tile(64, split_k=2, block_k=32)
+    weight, tile = make_weight("fp16", 4, 128), small_tile(128, split_k=2)
     _refused(weight, "must hold 72 partial sums and 1 arrivals", tile=tile, workspace=small)
 
 

@@ -178,8 +178,8 @@ def test_broken_routes_are_named(tmp_path: Any) -> None:
     entry += 'source = "modelled"\n'
     file.write_text(entry.format(0))
     with pytest.raises(ValueError, match="max_gemv_rows is 0"):
-        routes.load_routes(file)
+        routes.read_routes(file)
     file = tmp_path / "twice.toml"
     file.write_text(entry.format(8) * 2)
     with pytest.raises(ValueError, match="two routes for one capability"):
-        routes.load_routes(file)
+        routes.read_routes(file)

@@ -10,11 +10,10 @@ import pytest
 import torch
 
 from gptjet.kernels import reference
-from gptjet.kernels.gpu import matmul
 from gptjet.kernels.gpu.gemv_launch import align_rows
 from gptjet.kernels.gpu.matmul import Matmul
 from gptjet.kernels.gpu.operations import Operations, reference_operations, triton_operations
-from gptjet.kernels.gpu.routes import Route, RouteError, load_routes, max_gemv_rows, route_of
+from gptjet.kernels.gpu.routes import Route, RouteError, max_gemv_rows, read_routes, route_of
 from gptjet.kernels.weights import DenseWeight, Weight, quantize_int4, quantize_int8
 
 ENTRY = {
@@ -27,7 +26,7 @@ ENTRY = {
 KINDS = ("float16", "int8", "int4")
 
 
-def make(kind: str, n: int = 24, k: int = 64, group: int = 32) -> Weight:
+def make(kind: str, n: int = 24, k: int = 64, group: int = 64) -> Weight:
     generator = torch.Generator().manual_seed(n + k)
     values = torch.randn(n, k, generator=generator) * k**-0.5
     bias = torch.randn(n, generator=generator)
@@ -46,7 +45,7 @@ def written(tmp_path: Path, *entries: dict[str, str]) -> Path:
 
 
 def test_a_route_divides_rows_at_its_boundaries(tmp_path: Path) -> None:
-    (route,) = load_routes(written(tmp_path, {**ENTRY, "dot_rows": "[17, 64]"}))
+    (route,) = read_routes(written(tmp_path, {**ENTRY, "dot_rows": "[17, 64]"}))
     assert route == Route(80, "int8", 8, "measured on H100", (17, 64))
     ways = {rows: route.way(rows) for rows in (1, 8, 9, 16, 17, 64, 65, 4096)}
     assert ways == {
@@ -83,21 +82,21 @@ def test_a_route_divides_rows_at_its_boundaries(tmp_path: Path) -> None:
 )
 def test_a_broken_route_is_named(tmp_path: Path, changes: dict[str, str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        load_routes(written(tmp_path, {**ENTRY, **changes}))
+        read_routes(written(tmp_path, {**ENTRY, **changes}))
 
 
 @pytest.mark.parametrize("key", ["capability", "weight_type", "max_gemv_rows", "source"])
 def test_a_missing_key_is_named(tmp_path: Path, key: str) -> None:
     entry = {name: value for name, value in ENTRY.items() if name != key}
     with pytest.raises(RouteError, match=f"{key} is missing"):
-        load_routes(written(tmp_path, entry))
+        read_routes(written(tmp_path, entry))
 
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     path = tmp_path / "routes.toml"
     path.write_text("[[route]", encoding="utf-8")
     with pytest.raises(RouteError, match=r"routes\.toml"):
-        load_routes(path)
+        read_routes(path)
 
 
 def test_a_card_takes_the_newest_entry_that_is_not_newer_than_itself() -> None:
@@ -162,8 +161,20 @@ def test_rows_go_the_way_of_their_route(kind: str) -> None:
     assert {name for name, _ in counting.calls} == {"tile"}
 
 
+def test_a_number_of_rows_that_is_given_comes_before_the_routes() -> None:
+    weight = make("int8")
+    counting = Counting(reference_operations())
+    for most, rows, way in ((0, 33, "tile"), (100, 100, "dot"), (100, 101, "tile")):
+        by = Matmul(
+            counting.operations, [weight], torch.device("cpu"), capability=90, dot_rows=most
+        )
+        counting.calls.clear()
+        passes(by, weight, rows)
+        assert {name for name, _ in counting.calls} == {way}
+
+
 def test_groups_that_dot_linear_does_not_take_go_to_cublas() -> None:
-    weight = make("int4", group=16)
+    weight = make("int4", group=32)
     counting = Counting(reference_operations())
     by = Matmul(counting.operations, [weight], torch.device("cpu"), capability=90)
     passes(by, weight, 33)
@@ -171,20 +182,16 @@ def test_groups_that_dot_linear_does_not_take_go_to_cublas() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_kernel_computes_what_cublas_does_and_the_reference(
-    kind: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_kernel_computes_what_cublas_does_and_the_reference(kind: str) -> None:
     weight, rows = make(kind, 24, 96), 17
     ways = {}
-    for name, span in (("dot", (9, 64)), ("cublas", None)):
-        route = Route(80, kind, 8, "modelled", span)
-        monkeypatch.setattr(matmul, "route_of", lambda *_, route=route: route)
+    for name, most in (("dot", 64), ("cublas", 0)):
         counting = Counting(triton_operations())
-        by = Matmul(counting.operations, [weight], torch.device("cpu"), capability=80)
+        cpu = torch.device("cpu")
+        by = Matmul(counting.operations, [weight], cpu, capability=80, dot_rows=most)
         ways[name] = passes(by, weight, rows)
         assert (("dot", rows) in counting.calls) == (name == "dot")
-    monkeypatch.setattr(matmul, "route_of", lambda *_: Route(80, kind, 8, "modelled"))
-    exact = Matmul(reference_operations(), [], torch.device("cpu"), capability=80)
+    exact = Matmul(reference_operations(), [], cpu, dot_rows=0)
     exact.linear = reference.linear  # type: ignore[method-assign, assignment]
     expected = passes(exact, weight, rows)
     for dot, cublas, want in zip(ways["dot"], ways["cublas"], expected, strict=True):
