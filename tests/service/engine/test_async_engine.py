@@ -54,8 +54,7 @@ def assert_empty(engine: AsyncEngine) -> None:
     assert manager.num_free_blocks == manager.num_blocks
     assert isinstance(inner.backend, MockBackend)
     assert inner.backend.cached == {}
-    assert not engine._stream_of
-    assert not engine._key_of
+    assert not engine._callers
 
 
 def request(prompt: str, *, deadline_ns: int | None = None, **params: Any) -> Request:

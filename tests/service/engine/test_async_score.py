@@ -51,7 +51,7 @@ def assert_empty(engine: AsyncEngine) -> None:
     assert manager.num_free_blocks == manager.num_blocks
     assert isinstance(engine.engine.backend, MockBackend)
     assert engine.engine.backend.cached == {}
-    assert not engine._score_key_of
+    assert not engine._callers
 
 
 def score(prompt: str, *candidates: str, **options: Any) -> ScoreRequest:

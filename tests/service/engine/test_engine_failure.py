@@ -237,7 +237,7 @@ async def test_a_bug_in_a_step_that_ended_a_request_leaves_nobody_waiting(
         assert error.error_id in caplog.text
     assert (engine.num_running, engine.num_waiting) == (0, 0)
     assert engine._admission.tokens_in_flight == 0
-    assert (engine._stream_of, engine._key_of) == ({}, {})
+    assert len(engine._callers) == 0
     monkeypatch.undo()
     assert await end_of(engine.submit(request())) is None
     await engine.stop()

@@ -84,7 +84,7 @@ async def test_a_thousand_matches_are_one_record_with_their_number(
     assert len(set(records[0]["digests"])) == 1
     assert records[0]["request_id"] == "r-1"
     assert "excerpts" not in records[0]
-    assert governance.decisions["input", "word", "redact"] == 1
+    assert governance.decided()["input", "word", "redact"] == 1
     assert governance.counters.written == 2
 
 

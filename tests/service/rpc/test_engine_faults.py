@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import re
 import signal
 import threading
@@ -13,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from gptjet.service.backends.mock import MockBackend
+from gptjet.service.cli import app
 from gptjet.service.client import (
     Client,
     GptjetError,
@@ -181,14 +184,39 @@ def hanging() -> Iterator[HangingBackend]:
     backend.go_on.set()
 
 
-async def test_a_server_whose_engine_has_failed_does_not_say_that_it_serves(
-    start_server: Any, hanging: HangingBackend
+async def test_a_server_whose_engine_has_failed_says_so_to_its_administrator(
+    start_server: Any, hanging: HangingBackend, tmp_path: Path
 ) -> None:
-    running = await start_server(backend=hanging, step_timeout_s=0.2)
-    assert running.server.state == "serving"
+    socket = tmp_path / "admin"
+    running = await start_server(backend=hanging, step_timeout_s=0.2, admin_socket=socket)
+
+    def ask() -> tuple[str, str]:
+        flags = ["admin", "status", "--admin", f"unix:{socket}"]
+        table, document = (
+            CliRunner().invoke(app, [*flags, *more], env={"COLUMNS": "200"}).stdout
+            for more in ([], ["--json"])
+        )
+        return table.split(",")[0].split()[-1], json.loads(document)["state"]
+
+    async def told() -> str:
+        shown, state = await asyncio.to_thread(ask)
+        assert shown == state
+        return state
+
+    assert await told() == "serving"
     hanging.hang.set()
     with pytest.raises(InternalError):
         await running.client.generate("a", max_new_tokens=9)
+    assert await told() == "failed"
+    # That it ends for it hides nothing.
+    running.server.ask_to_stop(0.0)
+    assert await told() == "failed"
+    assert await running.client.health() is HealthStatus.NOT_SERVING
+
+
+async def test_a_server_that_is_told_to_stop_is_draining_and_not_failed(start_server: Any) -> None:
+    running = await start_server()
+    running.server.ask_to_stop(0.0)
     assert running.server.state == "draining"
 
 

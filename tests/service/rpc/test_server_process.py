@@ -19,6 +19,7 @@ from gptjet.service.client import Client, HealthStatus, TlsOptions, UnavailableE
 from gptjet.service.config import ServerConfig
 from gptjet.service.engine.errors import BackendLoadError
 from gptjet.service.rpc.process import serve
+from gptjet.service.rpc.server import Server
 
 PATIENCE_S = 60.0
 
@@ -40,6 +41,15 @@ class HeldBackend(MockBackend):
 
 def held_steps(config):
     return LoadedModel(HeldBackend(), ByteTokenizer())
+
+def does_not_close(config):
+    from gptjet.service.rpc.server import Server
+
+    async def does_not_close(server):
+        raise KeyError("a bug in an end")
+
+    Server._close_governance = does_not_close
+    return slow_steps(config)
 
 def never_ends(config):
     while True:
@@ -120,6 +130,41 @@ def test_sigterm_drains_and_exits_0(start_process: Callable[[str], Process]) -> 
     assert "interpreter shut down" in log
     assert "Traceback" not in log
     assert not server.port_file.exists()
+
+
+def test_a_bug_while_draining_is_logged_and_exit_code_1(
+    start_process: Callable[[str], Process],
+) -> None:
+    server = start_process("does_not_close")
+    with server.connect() as client:
+        client.wait_until_serving(PATIENCE_S)
+    server.signal(signal.SIGTERM)
+    assert server.wait() == 1
+    log = server.stderr()
+    (line,) = errors_in(log)
+    assert "draining failed" in line
+    assert "KeyError: 'a bug in an end'" in line
+    assert log.index("draining failed") < log.index("does_not_close") < log.index("exit_code=1")
+    assert log.count("Traceback") == 1  # the log's, and none of the interpreter's
+    assert not server.port_file.exists()
+
+
+@pytest.mark.usefixtures("own_logging")
+async def test_a_bug_in_the_end_of_a_failed_start_does_not_hide_why_it_failed(
+    capfd: pytest.CaptureFixture[str], start_server: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = await start_server()
+
+    async def broken(_server: Server, _grace_s: float | None = None) -> bool:
+        raise KeyError("a bug in an end")
+
+    structlog.reset_defaults()  # start_server captures what `serve` has to print
+    with monkeypatch.context() as patch:
+        patch.setattr(Server, "drain", broken)
+        assert await serve(ServerConfig(port=first.server.port), loader=raise_bug) == 2
+    bug, reason = errors_in(capfd.readouterr().err)
+    assert "KeyError: 'a bug in an end'" in bug
+    assert f"port {first.server.port} on 127.0.0.1 is in use" in reason
 
 
 def test_second_signal_exits_at_once(start_process: Callable[[str], Process]) -> None:
