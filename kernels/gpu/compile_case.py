@@ -27,6 +27,7 @@ GPT_J_6B = BlockGeometry(
 """The geometry whose launches are compiled."""
 
 MODULES: tuple[str, ...] = (
+    "copy_blocks",
     "dequantize",
     "dot_linear",
     "embedding",

@@ -6,7 +6,9 @@ Imports no Triton: the model aligns its weights and allocates with it before it 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -30,8 +32,8 @@ EXPONENT = 0x4B000000
 # TRITON_MAX_TENSOR_NUMEL: a tile's products with all rows are one tensor.
 _MOST_ELEMENTS = 1 << 20
 
-# The interpreter runs on no card; it takes the tiles of the smallest one.
-_INTERPRETED_CAPABILITY = 75
+# Of devices that are no card. The interpreter takes the tiles of the smallest one.
+_assumed: ContextVar[int] = ContextVar("assumed capability", default=75)
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,11 +187,21 @@ def _aligned(values: torch.Tensor) -> torch.Tensor:
 
 
 def capability_of(device: torch.device) -> int:
-    """80 for 8.0. Of the smallest card for a CPU, where kernels are interpreted."""
+    """80 for 8.0. Of another device the assumed one, by default the smallest card's."""
     if device.type != "cuda":
-        return _INTERPRETED_CAPABILITY
+        return _assumed.get()
     index = torch.cuda.current_device() if device.index is None else device.index
     return _capability(index)
+
+
+@contextmanager
+def assume_capability(capability: int) -> Iterator[None]:
+    """Within it, devices that are no card count as cards of that capability (75 for sm_75)."""
+    token = _assumed.set(capability)
+    try:
+        yield
+    finally:
+        _assumed.reset(token)
 
 
 @functools.lru_cache(maxsize=64)

@@ -10,7 +10,8 @@ The residual stream is float32, everything else float16; kernels compute in floa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -20,7 +21,8 @@ import torch
 
 from gptjet.kernels import reference
 from gptjet.kernels.gpu import graphs
-from gptjet.kernels.gpu.buffers import SampledIds
+from gptjet.kernels.gpu.block_copier import BlockCopier
+from gptjet.kernels.gpu.buffers import SampledIds, transfers_for
 from gptjet.kernels.gpu.gemv_launch import MAX_ROWS, Workspace, align_rows, capability_of
 from gptjet.kernels.gpu.graphs import Recorder
 from gptjet.kernels.gpu.matmul import Matmul
@@ -87,6 +89,8 @@ class GpuModel:
             max_rows=self.max_rows,
         )
         self.buckets = self._row_pass.buckets
+        transfers = transfers_for(self.device)
+        self._copier = BlockCopier(operations.copy_blocks, self.device, transfers)
 
     @property
     def nbytes(self) -> int:
@@ -99,7 +103,7 @@ class GpuModel:
             tensors += [layer.norm_weight, layer.norm_bias]
             tensors += [*_tensors_of(layer.w_in), *_tensors_of(layer.w_out)]
         by_storage = {tensor.untyped_storage().data_ptr(): tensor.nbytes for tensor in tensors}
-        buffers = self._weight_passes.nbytes + self._row_pass.nbytes
+        buffers = self._weight_passes.nbytes + self._row_pass.nbytes + self._copier.nbytes
         return sum(by_storage.values()) + buffers
 
     def reserved_bytes(self, max_tokens: int, *, graphs_wanted: bool) -> int:
@@ -149,6 +153,21 @@ class GpuModel:
             raise ValueError("the model is closed")
         with self._on_device():
             return self._row_pass.sample(batch, sampling, kv_cache)
+
+    @torch.no_grad()
+    def launch_each(self, kv_cache: torch.Tensor) -> None:
+        """Launch every row pass once, over whatever is in the buffers: for the launches' sake."""
+        with self._on_device():
+            self._row_pass.launch_each(kv_cache)
+
+    @torch.no_grad()
+    def copy_blocks(self, copies: Sequence[tuple[int, int]], kv_cache: torch.Tensor) -> None:
+        """Copy (source, destination) blocks, all sources before any destination is written.
+
+        Returns once it is launched. Raises ValueError where blocks would have to change places.
+        """
+        with self._on_device():
+            self._copier.copy(kv_cache, copies)
 
     def capture(
         self,
@@ -240,10 +259,15 @@ class GpuModel:
             batch.block_tables.flatten(),
             batch.logits_rows,
         ]
+        # Each begins at a multiple of 16 bytes, as kernels are compiled for pointers that do.
+        starts = list(itertools.accumulate((-(-p.numel() // 4) * 4 for p in parts), initial=0))
+        host = torch.zeros(starts[-1], dtype=torch.int32)
+        for start, part in zip(starts, parts, strict=False):
+            host[start : start + part.numel()] = part
         # One buffer, pinned by nobody: torch waits for a copy out of pageable memory, which is
         # nothing beside a prefill, and the runner may then write its arrays anew.
-        together = torch.cat(parts).to(self.device)
-        sent = list(torch.split(together, [part.numel() for part in parts]))
+        together = host.to(self.device)
+        sent = [together[s : s + p.numel()] for s, p in zip(starts, parts, strict=False)]
         sent[3] = sent[3].view(batch.block_tables.shape)
         return sent
 

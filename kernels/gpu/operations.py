@@ -137,6 +137,14 @@ class AttentionWorkspace(Protocol):
         ...
 
 
+class CopyBlocks(Protocol):
+    """See copy_blocks.copy_blocks."""
+
+    def __call__(self, kv_cache: torch.Tensor, pairs: torch.Tensor) -> None:
+        """See the class."""
+        ...
+
+
 class Sample(Protocol):
     """See sampling.sample; `sampling` [T, 7] int64 is SamplingParameters.packed."""
 
@@ -175,6 +183,7 @@ class Operations:
     attention_workspace: AttentionWorkspace
     dequantize_rows: DequantizeRows
     dot_linear: DotLinear
+    copy_blocks: CopyBlocks
     sample: Sample
     sampling_memory: SamplingMemory
 
@@ -184,6 +193,7 @@ def triton_operations() -> Operations:
     import triton
 
     from gptjet.kernels.gpu.attention_tile import default_tile, workspace_elements
+    from gptjet.kernels.gpu.copy_blocks import copy_blocks
     from gptjet.kernels.gpu.dequantize import dequantize_rows
     from gptjet.kernels.gpu.dot_linear import dot_linear
     from gptjet.kernels.gpu.embedding import embed
@@ -212,6 +222,7 @@ def triton_operations() -> Operations:
         workspace,
         dequantize_rows,
         dot_linear,
+        copy_blocks,
         sample_packed,
         SamplingWorkspace.allocate,
     )
@@ -233,6 +244,7 @@ def reference_operations(sample: Sample | None = None) -> Operations:
         lambda *_: 0,
         reference.dequantize_rows,
         _dot_linear,
+        _copy_blocks,
         sample or _likeliest,
         lambda *_: None,
     )
@@ -247,6 +259,11 @@ def _embed(
 ) -> None:
     ids = torch.where(sources >= 0, sampled[sources.clamp_min(0).long()], token_ids)
     residual.copy_(embedding[ids.clamp_min(0).long()])
+
+
+def _copy_blocks(kv_cache: torch.Tensor, pairs: torch.Tensor) -> None:
+    sources, destinations = pairs.long().unbind(1)
+    kv_cache[:, :, destinations] = kv_cache[:, :, sources]
 
 
 def _likeliest(logits: torch.Tensor, sampling: torch.Tensor, out: torch.Tensor, **_: Any) -> None:

@@ -27,6 +27,7 @@ from gptjet.kernels.gpu.attention_tile import (
     workspace_elements,
 )
 from gptjet.kernels.gpu.compile_case import GPT_J_6B, CompileCase
+from gptjet.kernels.gpu.gemv_launch import capability_of
 from gptjet.kernels.gpu.rotary_kv import check_layer_cache
 
 _BLOCK_SIZE = tl.constexpr(BLOCK_SIZE)
@@ -71,7 +72,7 @@ def paged_attention(
         raise ValueError("queries must be contiguous, and the rows of block_tables")
     if tokens == 0:
         return
-    tile = tile or default_tile(head_dim, _capability(queries.device))
+    tile = tile or default_tile(head_dim, capability_of(queries.device))
     needed = workspace_elements(tokens, heads, head_dim, block_tables.shape[1], tile)
     if workspace is None:
         workspace = torch.empty(needed, dtype=torch.float32, device=queries.device)
@@ -119,13 +120,6 @@ def paged_attention(
         SPLITS_AT_ONCE=_COMBINE_SPLITS,
         num_warps=_COMBINE_WARPS,
     )
-
-
-def _capability(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 75  # interpreted
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
 
 
 def _score_scale(head_dim: int) -> float:

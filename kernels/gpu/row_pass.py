@@ -15,13 +15,11 @@ import torch
 
 from gptjet.kernels.batch import BLOCK_SIZE, ForwardBatch
 from gptjet.kernels.gpu.buffers import (
-    CpuTransfers,
-    CudaTransfers,
     IdReader,
     RowBuffers,
     RowInputs,
     SampledIds,
-    Transfers,
+    transfers_for,
 )
 from gptjet.kernels.gpu.gemv_launch import capability_of
 from gptjet.kernels.gpu.graphs import BucketedPass, CaptureError, Recorder, bucket_for, row_buckets
@@ -64,9 +62,7 @@ class RowPass:
         self._operations, self._passes = operations, passes
         self._cos, self._sin = rotary
         device = head.embedding.device
-        transfers: Transfers = CpuTransfers()
-        if device.type == "cuda":
-            transfers = CudaTransfers(device)
+        transfers = transfers_for(device)
         table_width = -(-geometry.max_context // BLOCK_SIZE)
         self._inputs = RowBuffers(max_rows, table_width, device, transfers)
         self._views: dict[int, RowInputs] = {}
@@ -120,6 +116,14 @@ class RowPass:
         kind = (sampling.draws, sampling.filters)
         self._run(self._sampling_passes[kind], bucket, kv_cache)
         return self._ids.start(self._buffers.sampled[:rows])
+
+    def launch_each(self, kv_cache: torch.Tensor) -> None:
+        """Launch every bucket, and its sampling in every kind, over whatever is in the buffers."""
+        for bucket in self.buckets:
+            self._kv_cache = kv_cache
+            self._launch_logits(bucket)
+            for kind in _SAMPLING_KINDS:
+                self._launch_sampling(kind, bucket)
 
     def capture(
         self,

@@ -26,6 +26,7 @@ from gptjet.service.engine.backend import ParityStatus
 from gptjet.service.engine.observer import StepKind, StepReport
 from gptjet.service.engine.request import FinishReason
 from gptjet.service.log import dropped_lines
+from gptjet.service.observability.governance import GovernanceCollector, Governed
 from gptjet.service.observability.tally import Tally
 
 if TYPE_CHECKING:
@@ -104,6 +105,10 @@ class Metrics:
             "parity_max_relative_error", "Largest relative error of a logit in the self-check."
         )
         error.set(spec.parity.max_relative_error)
+
+    def govern(self, governed: Governed) -> None:
+        """Count what a policy decides."""
+        self.registry.register(GovernanceCollector(governed))
 
     # --- what is reported ---
 

@@ -101,6 +101,7 @@ class Server:
         self.governance = open_governance(self.config)
         if self.governance is not None:
             self._servicer.govern(self.governance)
+            self.observability.govern(self.governance)
         self._serve_metrics()
         if self.config.reuse_port:
             listen.check_address(self.config.host, self.config.port, "--port", reuse_port=True)

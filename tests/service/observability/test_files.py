@@ -53,9 +53,18 @@ def alert_queries() -> list[str]:
 
 
 @pytest.fixture
-async def samples(start_server: Callable[..., Awaitable[Any]]) -> dict[str, set[str]]:
+async def samples(
+    start_server: Callable[..., Awaitable[Any]], tmp_path: Path
+) -> dict[str, set[str]]:
     """Every sample that a server gives, with the labels that it can have."""
-    running = await start_server(metrics_port=0)
+    policy = tmp_path / "policy.toml"
+    policy.write_text(
+        'version = 1\n[[rules]]\nname = "no"\naction = "block"\nphrases = ["zzz"]\n',
+        encoding="utf-8",
+    )
+    running = await start_server(
+        metrics_port=0, governance_policy=policy, governance_dir=tmp_path / "governance"
+    )
     await running.client.generate("abc", max_new_tokens=2)
     from prometheus_client import generate_latest
 

@@ -21,10 +21,12 @@ from typing import Any
 
 import grpc
 import pytest
+from prometheus_client import generate_latest, values
 from prometheus_client.parser import text_string_to_metric_families
 
 from gptjet.service.backends.mock import MockBackend
 from gptjet.service.client import GptjetError
+from gptjet.service.engine.observer import StepKind, StepReport
 from gptjet.service.observability.errors import ObservabilityError
 from gptjet.service.observability.exposition import MetricsServer
 from gptjet.service.observability.metrics import Metrics
@@ -438,3 +440,22 @@ async def test_the_port_is_closed_when_the_server_has_drained(start_server: Star
     await running.server.drain(0.0)
     with pytest.raises(OSError, match="refused"):
         await asyncio.to_thread(get, port)
+
+
+def test_counting_a_step_takes_no_lock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """prometheus_client's own values do, and a scrape may hold it: every stream would wait."""
+    metrics = Metrics(("Generate",))
+
+    def refuse(*_: Any) -> None:
+        raise AssertionError("a value behind a lock")
+
+    for change in ("inc", "set"):
+        monkeypatch.setattr(values.ValueClass, change, refuse)
+    with pytest.raises(AssertionError, match="behind a lock"):
+        metrics.rpc_started()
+    for kind in StepKind:
+        report = StepReport(0, kind, 2, 3, 4, 5, 6, [7], [8, 9])
+        with metrics.registry._lock:
+            metrics.step_ended(report)
+    text = generate_latest(metrics.registry).decode()
+    assert "gptjet_generated_tokens_total 15.0" in text

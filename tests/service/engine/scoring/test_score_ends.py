@@ -54,15 +54,17 @@ def test_cancelled_score_that_waits_for_room_lets_others_pass() -> None:
     assert outputs[later][-1].finish_reason is FinishReason.LENGTH
 
 
-def test_deadline_ends_a_score_that_waits_and_one_that_runs() -> None:
+def test_deadline_ends_a_score_that_waits_and_one_that_runs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     engine = make_engine()
-    soon = time.monotonic_ns() + 50_000_000
+    soon = time.monotonic_ns() + 3600 * 10**9
     running = add(engine, "ab", "c", "d", deadline_ns=soon)[1]
     waiting = add(engine, "ab", "c", deadline_ns=soon)[1]
-    in_time = add(engine, "ab", "c", deadline_ns=soon + 10**12)[1]
+    in_time = add(engine, "ab", "c", deadline_ns=soon + 3600 * 10**9)[1]
     engine.step()
     assert not running
-    time.sleep(0.06)
+    monkeypatch.setattr("time.monotonic_ns", lambda: soon + 1)
     engine.step()
     assert running == waiting == [ScoreOutcome(finish_reason=FinishReason.DEADLINE)]
     run(engine)
@@ -152,14 +154,16 @@ def test_scores_and_requests_wait_in_one_bounded_queue() -> None:
     run(engine)
 
 
-def test_stale_deadlines_of_scores_are_dropped_and_those_in_force_kept() -> None:
+def test_stale_deadlines_of_scores_are_dropped_and_those_in_force_kept(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     engine = make_engine(max_queue_size=1000)
-    far = time.monotonic_ns() + 10**13
-    _, waiting = add(engine, "ab", "c", deadline_ns=time.monotonic_ns() + 10**8)
+    soon, far = (time.monotonic_ns() + hours * 3600 * 10**9 for hours in (1, 3))
+    _, waiting = add(engine, "ab", "c", deadline_ns=soon)
     for _ in range(300):
         key, _ = add(engine, "ab", "c", deadline_ns=far)
         engine.cancel(key)
     assert len(engine._deadlines) < 100
-    time.sleep(0.11)
+    monkeypatch.setattr("time.monotonic_ns", lambda: soon + 1)
     engine.step()
     assert waiting[0].finish_reason is FinishReason.DEADLINE
