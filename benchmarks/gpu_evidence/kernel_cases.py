@@ -24,7 +24,7 @@ from gptjet.benchmarks.gpu_evidence.launches import (
 from gptjet.kernels.batch import BlockGeometry
 from gptjet.kernels.gpu.compile_case import GPT_J_6B
 from gptjet.kernels.gpu.gemv_launch import capability_of
-from gptjet.kernels.gpu.tuning import Launch
+from gptjet.kernels.gpu.tuning import DOT_LINEAR, Launch
 
 TINY = BlockGeometry(
     num_layers=1,
@@ -39,6 +39,9 @@ TINY = BlockGeometry(
 """What an interpreted kernel does in under a second."""
 
 GEOMETRIES = {"gpt-j-6b": GPT_J_6B, "tiny": TINY}
+
+# Of a batch that fills one instruction, and of the largest that goes to dot_linear by the model.
+_TIMED_DOT_ROWS = (16, 64)
 
 DTYPES = {"fp16": "float16", "int8": "int8", "int4": "int4"}
 """The tuning table's name of a weight type -> the one that people say."""
@@ -81,8 +84,13 @@ class KernelCase:
         return f"{self.kernel}, {self.name}"
 
 
-def kernel_cases(geometry: BlockGeometry, rows: tuple[int, ...]) -> Iterator[KernelCase]:
-    """Every kernel: the weight passes by weight type first, then what all of them share."""
+def kernel_cases(
+    geometry: BlockGeometry, rows: tuple[int, ...], dot_rows: tuple[int, ...] = ()
+) -> Iterator[KernelCase]:
+    """Every kernel: the weight passes by weight type first, then what all of them share.
+
+    dot_rows  of dot_linear: none where the card is below sm_80
+    """
     hidden, width = geometry.hidden_size, geometry.num_heads * geometry.head_dim
     shapes = (
         ("layer_norm_linear", "w_in", 3 * width + geometry.inner_size, hidden),
@@ -99,6 +107,17 @@ def kernel_cases(geometry: BlockGeometry, rows: tuple[int, ...]) -> Iterator[Ker
                     _weight_pass(kernel, n, k, kind, count),
                     rows=count,
                     is_timed=count == 1 or count == rows[-1],
+                )
+        for _, weight, n, k in shapes:
+            for count in dot_rows:
+                yield KernelCase(
+                    f"kernels/{dtype}",
+                    DOT_LINEAR,
+                    f"{weight} {dtype}, rows {count}",
+                    _weight_pass(DOT_LINEAR, n, k, kind, count),
+                    rows=count,
+                    # Dense weights are cuBLAS's, unless a card was measured to do better.
+                    is_timed=kind != "fp16" and count in _TIMED_DOT_ROWS,
                 )
     yield from _shared_cases(geometry)
 

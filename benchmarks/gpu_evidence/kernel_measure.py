@@ -32,6 +32,8 @@ import torch
 Record = dict[str, Any]
 
 ROWS = {"gpt-j-6b": (1, 2, 3, 4, 5, 6, 7, 8), "tiny": (1, 3)}
+# Of dot_linear: full and broken tiles of 16, 32, 64 and 128 rows. A CPU interprets it.
+DOT_ROWS = {"gpt-j-6b": (9, 16, 17, 33, 64, 100), "tiny": (16,)}
 _MODULE = "gptjet.benchmarks.gpu_evidence.kernel_measure"
 _MIB = 1 << 20
 # Far beyond every second-level cache (H100: 50 MiB).
@@ -197,9 +199,7 @@ def measure_launch_cost(cases: Sequence[Any], device: torch.device) -> Iterator[
 
 def run_parity(geometry: str, device_name: str, jobs: int) -> Iterator[Record]:
     """All cases, divided between `jobs` processes: nearly all of the time is the compiler's."""
-    from gptjet.benchmarks.gpu_evidence.kernel_cases import GEOMETRIES, kernel_cases
-
-    cases = list(kernel_cases(GEOMETRIES[geometry], ROWS[geometry]))
+    cases = _cases(geometry, device_name)
     expected: dict[str, int] = {}
     for case in cases:
         expected[case.subject] = expected.get(case.subject, 0) + 1
@@ -234,26 +234,34 @@ def _run_part(flags: Sequence[str], part: str) -> list[Record]:
 
 
 def _run_one_part(geometry: str, device_name: str, part: str) -> Iterator[Record]:
-    from gptjet.benchmarks.gpu_evidence.kernel_cases import GEOMETRIES, kernel_cases
-
     index, count = (int(number) for number in part.split("/"))
-    cases = list(kernel_cases(GEOMETRIES[geometry], ROWS[geometry]))[index::count]
+    cases = _cases(geometry, device_name)[index::count]
     yield from check_cases(cases, _device(device_name))
 
 
 def run_speed(geometry: str, device_name: str) -> Iterator[Record]:
     """The bandwidth, each timed case's share of it, and the cost of launches."""
-    from gptjet.benchmarks.gpu_evidence.kernel_cases import GEOMETRIES, kernel_cases
-
     device = _device(device_name)
     bandwidth = measure_bandwidth(device)
     yield bandwidth
-    cases = [case for case in kernel_cases(GEOMETRIES[geometry], ROWS[geometry]) if case.is_timed]
+    cases = [case for case in _cases(geometry, device_name) if case.is_timed]
     # Batch 1 first: a cut-off loses least.
     cases.sort(key=lambda case: case.rows)
     yield from time_cases(cases, device, bandwidth["copy_gb_s"])
     of_a_step = {case.kernel: case for case in cases if case.rows == 1 and case.kernel != "sample"}
     yield from measure_launch_cost(list(of_a_step.values()), device)
+
+
+def _cases(geometry: str, device_name: str) -> list[Any]:
+    """Of the kernels that the device launches."""
+    from gptjet.benchmarks.gpu_evidence.kernel_cases import GEOMETRIES, kernel_cases
+    from gptjet.kernels.gpu.gemv_launch import capability_of
+    from gptjet.kernels.gpu.tuning import FIRST_WITH_DOT
+
+    device = _device(device_name)
+    has_dot = device.type == "cpu" or capability_of(device) >= FIRST_WITH_DOT
+    dot_rows = DOT_ROWS[geometry] if has_dot else ()
+    return list(kernel_cases(GEOMETRIES[geometry], ROWS[geometry], dot_rows))
 
 
 def _device(name: str) -> torch.device:

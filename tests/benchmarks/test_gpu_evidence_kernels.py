@@ -10,6 +10,7 @@ import torch
 
 from gptjet.benchmarks.gpu_evidence import kernel_measure
 from gptjet.benchmarks.gpu_evidence.kernel_measure import (
+    DOT_ROWS,
     ROWS,
     build_parser,
     check_cases,
@@ -19,6 +20,7 @@ from gptjet.benchmarks.gpu_evidence.kernel_measure import (
     time_cases,
 )
 from gptjet.kernels import reference
+from gptjet.kernels.gpu import gemv_launch
 from gptjet.kernels.gpu.compile_case import GPT_J_6B, MODULES
 
 CPU = torch.device("cpu")
@@ -120,19 +122,49 @@ def kernel_cases() -> Any:
 def test_every_kernel_is_a_case_in_every_weight_type_and_for_1_to_8_rows(
     kernel_cases: Any,
 ) -> None:
-    listed = list(kernel_cases.kernel_cases(GPT_J_6B, ROWS["gpt-j-6b"]))
+    dot_rows = DOT_ROWS["gpt-j-6b"]
+    listed = list(kernel_cases.kernel_cases(GPT_J_6B, ROWS["gpt-j-6b"], dot_rows))
     names = {(case.kernel, case.name) for case in listed}
     assert len(names) == len(listed)
     for dtype in ("float16", "int8", "int4"):
         for weight, kernel in (("w_in", "layer_norm_linear"), ("w_out", "gelu_linear_residual")):
             for rows in range(1, 9):
                 assert (kernel, f"{weight} {dtype}, rows {rows}") in names
+        for weight in ("w_in", "w_out", "lm_head"):
+            for count in dot_rows:
+                assert ("dot_linear", f"{weight} {dtype}, rows {count}") in names
+    timed = {(case.name, case.rows) for case in listed if case.is_timed}
+    for dtype in ("int8", "int4"):
+        assert {(f"w_in {dtype}, rows {count}", count) for count in (16, 64)} <= timed
     contexts = next(name for _, name in names if name.startswith("float16 KV, contexts"))
     assert contexts.endswith("1, 15, 16, 17, 1024, 2047, 2048")
     # A kernel module and its launcher are named alike, but for these.
     launchers = {"dequantize": "dequantize_rows", "embedding": "embed", "sampling": "sample"}
     launchers["rotary_kv"] = "rotary_write_kv"
     assert {case.kernel for case in listed} == {launchers.get(name, name) for name in MODULES}
+
+
+@pytest.mark.parametrize(("capability", "is_there"), [(75, False), (80, True), (90, True)])
+def test_dot_linear_is_a_case_from_sm_80_on(
+    kernel_cases: Any, monkeypatch: pytest.MonkeyPatch, capability: int, is_there: bool
+) -> None:
+    del kernel_cases
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gemv_launch, "capability_of", lambda device: capability)
+    kernels = {case.kernel for case in kernel_measure._cases("gpt-j-6b", "cuda")}
+    assert ("dot_linear" in kernels) == is_there
+
+
+def test_a_dot_linear_that_reads_another_weight_is_found(
+    kernel_cases: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listed = kernel_cases.kernel_cases(kernel_cases.TINY, (), (9,))
+    (case,) = [c for c in listed if (c.kernel, c.name) == ("dot_linear", "w_out int4, rows 9")]
+    (right,) = check_cases([case], CPU)
+    linear = reference.linear
+    monkeypatch.setattr(reference, "linear", lambda x, weight: linear(-x, weight))
+    (wrong,) = check_cases([case], CPU)
+    assert (right["passed"], wrong["passed"]) == (True, False)
 
 
 def test_a_kernel_that_turns_wrongly_is_found(

@@ -14,7 +14,13 @@ import torch
 from gptjet.benchmarks.bandwidth import measure_in_subprocess
 from gptjet.kernels.gpu.compile_case import GPT_J_6B
 from gptjet.kernels.gpu.gemv_launch import Workspace, capability_of, workspace_needs
-from gptjet.kernels.gpu.tuning import WEIGHT_TYPES, Launch, choose_tile
+from gptjet.kernels.gpu.tuning import (
+    DOT_LINEAR,
+    FIRST_WITH_DOT,
+    WEIGHT_TYPES,
+    Launch,
+    choose_tile,
+)
 
 _HIDDEN, _INNER = GPT_J_6B.hidden_size, GPT_J_6B.inner_size
 _PASSES = {
@@ -49,9 +55,35 @@ def bench_weight_pass(
     bench: Any, card_copy_gb_s: float, name: str, weight_type: str, rows: int
 ) -> None:
     """All copies of the weights in turn, in one CUDA graph: what a decode step launches."""
+    kernel, n, k = _PASSES[name]
+    _bench_launch(bench, card_copy_gb_s, kernel, (n, k), weight_type, rows)
+
+
+@pytest.mark.usefixtures("release")
+@pytest.mark.parametrize("rows", [16, 64])
+@pytest.mark.parametrize("weight_type", ["int8", "int4"])
+@pytest.mark.parametrize("name", _PASSES)
+def bench_dot_linear(
+    bench: Any, card_copy_gb_s: float, name: str, weight_type: str, rows: int
+) -> None:
+    """The same on the matrix units, for a batch; dense weights go to cuBLAS."""
+    if capability_of(torch.device("cuda")) < FIRST_WITH_DOT:
+        pytest.skip(f"dot_linear needs sm_{FIRST_WITH_DOT} or newer")
+    _, n, k = _PASSES[name]
+    _bench_launch(bench, card_copy_gb_s, DOT_LINEAR, (n, k), weight_type, rows)
+
+
+def _bench_launch(
+    bench: Any,
+    card_copy_gb_s: float,
+    kernel: str,
+    shape: tuple[int, int],
+    weight_type: str,
+    rows: int,
+) -> None:
     from gptjet.benchmarks.tune.card import LaunchTensors
 
-    kernel, n, k = _PASSES[name]
+    n, k = shape
     device = torch.device("cuda")
     tile = choose_tile(kernel, capability_of(device), rows, n, k, weight_type)
     launch = Launch(kernel, capability_of(device), rows, n, k, weight_type)

@@ -10,6 +10,7 @@ import torch
 from gptjet.benchmarks.gpu_evidence.kernel_cases import TINY
 from gptjet.benchmarks.tune import route_table
 from gptjet.benchmarks.tune.__main__ import main
+from gptjet.benchmarks.tune.card import make_weight
 from gptjet.benchmarks.tune.route_card import PassTensors
 from gptjet.benchmarks.tune.route_search import (
     LADDER,
@@ -228,12 +229,14 @@ def test_every_way_is_checked_with_the_real_kernels(weight_type: str) -> None:
     ways: tuple[Way, ...] = ("cublas", "gemv", "dot")
     for way in ways:
         tensors.check(way, 9)
-    other = PassTensors(weight_type, cpu, working_set_bytes=1, geometry=TINY, most_rows=9)
-    tensors.blocks[0] = other.blocks[0]
-    tensors._added += 1
-    for way in ways:
-        with pytest.raises(RefusedTileError, match="the second pass differs from the reference"):
-            tensors.check(way, 9)
+    kind = {"float16": "fp16"}.get(weight_type, weight_type)
+    first, second = (make_weight(kind, *weight.shape, cpu) for weight in tensors.blocks[0])
+    tensors.blocks[0] = (first, second)
+    with pytest.raises(RefusedTileError, match="the first pass differs from the reference"):
+        tensors.check("dot", 9)
+    tensors._expected = tensors._projected.float()
+    with pytest.raises(RefusedTileError, match="the second pass differs from the reference"):
+        tensors.check("cublas", 9)
 
 
 def _is_a_card(card: FakeCard) -> RouteCard:

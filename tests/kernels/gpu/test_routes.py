@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 
 from gptjet.kernels import reference
+from gptjet.kernels.gpu import matmul, model
 from gptjet.kernels.gpu.gemv_launch import align_rows
 from gptjet.kernels.gpu.matmul import Matmul
 from gptjet.kernels.gpu.operations import Operations, reference_operations, triton_operations
@@ -198,6 +200,25 @@ def test_the_kernel_computes_what_cublas_does_and_the_reference(kind: str) -> No
         limit = 2e-3 * float(want.abs().max())
         assert float((dot.float() - want.float()).abs().max()) <= limit
         assert float((dot.float() - cublas.float()).abs().max()) <= 2 * limit
+
+
+def test_a_model_of_a_newer_card_decodes_a_batch_through_dot_linear(
+    small: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Twelve sequences at once: GEMV twice over on a T4, one launch of dot_linear on an H100."""
+    head, layers = small.random_weights("int8")
+    batch = small.batch_of([([row], 0, [row]) for row in range(12)])
+    logits = {}
+    for capability in (75, 90):
+        for module in (matmul, model):
+            monkeypatch.setattr(module, "capability_of", lambda _, each=capability: each)
+        counting = Counting(reference_operations())
+        made = model.GpuModel(small.GEOMETRY, head, layers, counting.operations, max_rows=12)
+        logits[capability] = made.forward(batch, small.kv_cache())
+        is_dot = counting.calls == [("dot", 12)] * (2 * len(layers) + 1)
+        assert is_dot if capability == 90 else not counting.calls
+    limit = 5e-3 * float(logits[75].abs().max())
+    assert float((logits[90] - logits[75]).abs().max()) <= limit
 
 
 def test_the_buffers_are_made_once_and_counted() -> None:
