@@ -42,6 +42,8 @@ def test_every_launch_of_a_loaded_checkpoint_has_the_key_of_a_warmed_kernel(
     assert not missing
     assert set(launched.values()) == set(warmed.values())
     assert len(launched) > 20
+    # However long a prompt is, its index arrays begin where kernels expect them.
+    assert list(launched.values()).count("_rotary_write_kv_kernel") == 1
 
 
 def test_warmed_kernel_is_launched_without_any_compiler(tmp_path: Path) -> None:
