@@ -11,6 +11,9 @@ from typing import Any
 
 import pytest
 
+from gptjet.kernels.gpu.offline import Launch
+from gptjet.kernels.gpu.warm import WarmError, compile_all
+
 SCRIPT = Path(__file__).with_name("warmed_launches.py")
 
 
@@ -53,3 +56,40 @@ def test_warmed_kernel_is_launched_without_any_compiler(tmp_path: Path) -> None:
         "loaded": ["cuda_utils", "__triton_launcher"],
         "num_launches": 1,
     }
+
+
+@pytest.mark.parametrize(
+    ("what", "cause", "problem", "mend"),
+    [
+        ("compiler", "RuntimeError", "no C compiler: ", "apt-get install -y gcc"),
+        ("headers", "CalledProcessError", "no Python headers: ", "apt-get install -y python3"),
+    ],
+)
+def test_first_launch_names_what_is_missing_and_what_mends_it(
+    tmp_path: Path, what: str, cause: str, problem: str, mend: str
+) -> None:
+    """In the words that Triton's real errors are turned into."""
+    found = run(tmp_path, "without", what)
+    assert found["cause"] == cause
+    assert found["told"].startswith(f"the kernels cannot be built here: {problem}")
+    assert mend in found["told"]
+    assert "`gptjet warm-cache`" in found["told"]
+
+
+def test_kernel_that_cannot_be_compiled_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    wrong = Launch("no.such.module", "some_kernel", "{}", 75)
+    with pytest.raises(WarmError, match=r"some_kernel for sm_75: ModuleNotFoundError"):
+        compile_all([wrong], num_processes=1)
+
+
+def test_compiler_that_dies_is_told_and_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    (tmp_path / "dies.py").write_text("import os\nos.abort()\n", encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(WarmError, match=r"some_kernel for sm_75: BrokenProcessPool"):
+        compile_all([Launch("dies", "some_kernel", "{}", 75)], num_processes=1)
