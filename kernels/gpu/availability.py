@@ -110,14 +110,13 @@ def check_capability(capability: int, name: str) -> str | None:
     )
 
 
-def first_start_note(capability: int) -> str | None:
+def first_start_note(capability: int, toolchain: Toolchain) -> str | None:
     """What to know where Triton's cache is empty; None where it is not."""
-    toolchain = inspect_toolchain()
     if toolchain.num_cached:
         return None
     return (
-        f"{toolchain.cache} has no compiled kernels: this start compiles them, which takes a "
-        f"minute or more; `gptjet warm-cache --arch sm_{capability}` does it beforehand, without "
+        f"{toolchain.cache} has no compiled kernels: the first start compiles them, which takes "
+        f"a minute or more; `gptjet warm-cache --arch sm_{capability}` does it beforehand, without "
         f"a GPU"
     )
 

@@ -47,7 +47,7 @@ def load_operations(weight_type: str, device: torch.device) -> Operations:
         capability, name = 10 * major + minor, torch.cuda.get_device_name(device)
         notes = (
             availability.check_capability(capability, name),
-            availability.first_start_note(capability),
+            availability.first_start_note(capability, availability.inspect_toolchain()),
         )
         for note in filter(None, notes):
             logger.warning("%s", note)

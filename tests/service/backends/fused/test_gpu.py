@@ -197,7 +197,7 @@ def test_card_that_is_not_tested_and_an_empty_cache_are_said_before_the_first_la
     gpu.load_operations("float16", torch.device("cuda"))
     tested, cached = (record.getMessage() for record in caplog.records)
     assert tested.startswith("NVIDIA L4 is sm_89, which the kernels are not tested for")
-    assert cached.startswith(f"{tmp_path} has no compiled kernels: this start compiles them")
+    assert cached.startswith(f"{tmp_path} has no compiled kernels: the first start compiles them")
     assert "`gptjet warm-cache --arch sm_89`" in cached
     caplog.clear()
     (tmp_path / "a").mkdir()
