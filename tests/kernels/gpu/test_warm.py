@@ -17,7 +17,7 @@ from gptjet.kernels.gpu.warm import WarmError, compile_all
 SCRIPT = Path(__file__).with_name("warmed_launches.py")
 
 
-def run(cache: Path, *arguments: str) -> dict[str, Any]:
+def run(cache: Path, *arguments: str) -> Any:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(
         [sys.executable, str(SCRIPT), *arguments],
@@ -28,25 +28,20 @@ def run(cache: Path, *arguments: str) -> dict[str, Any]:
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return result
+    return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize(
-    ("capability", "weight_type", "kv_dtype"),
-    [("75", "float16", "float16"), ("75", "int4", "int8"), ("90", "int8", "float16")],
-)
 def test_every_launch_of_a_loaded_checkpoint_has_the_key_of_a_warmed_kernel(
-    tmp_path: Path, capability: str, weight_type: str, kv_dtype: str
+    tmp_path: Path,
 ) -> None:
-    found = run(tmp_path, "keys", capability, weight_type, kv_dtype)
-    launched, warmed = found["launched"], found["warmed"]
-    missing = {name for key, name in launched.items() if key not in warmed}
-    assert not missing
-    assert set(launched.values()) == set(warmed.values())
-    assert len(launched) > 20
-    # However long a prompt is, its index arrays begin where kernels expect them.
-    assert list(launched.values()).count("_rotary_write_kv_kernel") == 1
+    cases = ("75:float16:float16", "75:int4:int8", "90:int8:float16")
+    for case, found in zip(cases, run(tmp_path, "keys", *cases), strict=True):
+        launched, warmed = found["launched"], found["warmed"]
+        assert not {name for key, name in launched.items() if key not in warmed}, case
+        assert set(launched.values()) == set(warmed.values()), case
+        assert len(launched) > 20
+        # However long a prompt is, its index arrays begin where kernels expect them.
+        assert list(launched.values()).count("_rotary_write_kv_kernel") == 1, case
 
 
 def test_warmed_kernel_is_launched_without_any_compiler(tmp_path: Path) -> None:

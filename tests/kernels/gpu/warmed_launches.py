@@ -1,6 +1,6 @@
 """A process without the interpreter, which launches on a card that is not there; prints JSON.
 
-    python warmed_launches.py keys CAPABILITY WEIGHT_TYPE KV_DTYPE
+    python warmed_launches.py keys CAPABILITY:WEIGHT_TYPE:KV_DTYPE ...
     python warmed_launches.py compiled
     python warmed_launches.py without compiler|headers
 
@@ -198,9 +198,13 @@ def without(what: str) -> dict[str, Any]:
     return {"told": None}
 
 
+def _split(case: str) -> list[str]:
+    return case.split(":")
+
+
 if __name__ == "__main__":
-    commands: dict[str, Callable[..., dict[str, Any]]] = {
-        "keys": lambda capability, *kinds: keys(int(capability), *kinds),
+    commands: dict[str, Callable[..., Any]] = {
+        "keys": lambda *cases: [keys(int(c), *kinds) for c, *kinds in map(_split, cases)],
         "compiled": compiled,
         "without": without,
     }
