@@ -76,8 +76,17 @@ def test_kernel_that_cannot_be_compiled_is_named(
 ) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     wrong = Launch("no.such.module", "some_kernel", "{}", 75)
-    with pytest.raises(WarmError, match=r"some_kernel for sm_75: ModuleNotFoundError"):
+    with pytest.raises(WarmError, match=r"\Asome_kernel for sm_75: ModuleNotFoundError: No module"):
         compile_all([wrong], num_processes=1)
+
+
+def test_launcher_that_cannot_be_built_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("CC", "false")
+    with pytest.raises(WarmError, match=r"\Awhat Triton's driver is made of: CalledProcessError"):
+        compile_all([], num_processes=1)
 
 
 def test_compiler_that_dies_is_told_and_not_waited_for(
@@ -86,5 +95,15 @@ def test_compiler_that_dies_is_told_and_not_waited_for(
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     (tmp_path / "dies.py").write_text("import os\nos.abort()\n", encoding="utf-8")
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(WarmError, match=r"some_kernel for sm_75: BrokenProcessPool"):
+    with pytest.raises(
+        WarmError, match=r"a compiling process died; not compiled: .*some_kernel for sm_75"
+    ):
         compile_all([Launch("dies", "some_kernel", "{}", 75)], num_processes=1)
+
+
+def test_compiler_that_hangs_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    (tmp_path / "hangs.py").write_text("import time\ntime.sleep(600)\n", encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(WarmError, match=r"no kernel was compiled in 0.5 s"):
+        compile_all([Launch("hangs", "some_kernel", "{}", 75)], num_processes=1, timeout_s=0.5)
