@@ -71,7 +71,10 @@ class TokenStatus:
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """What a server is doing, what it holds and who uses it; see GetStatusResponse."""
+    """What a server is doing, what it holds and who uses it; see GetStatusResponse.
+
+    `state` is loading, serving, draining or failed: its engine has, and the log says why.
+    """
 
     state: str
     server_version: str

@@ -29,6 +29,7 @@ GPT_J_6B = BlockGeometry(
 MODULES: tuple[str, ...] = (
     "copy_blocks",
     "dequantize",
+    "dot_linear",
     "embedding",
     "gelu_linear_residual",
     "layer_norm_linear",

@@ -14,7 +14,7 @@ from typing import Any, Self
 
 import torch
 
-from gptjet.kernels.gpu.tuning import Tile, choose_tile
+from gptjet.kernels.gpu.tuning import DOT_LINEAR, DOT_ROWS, Tile, choose_tile
 from gptjet.kernels.weights import DenseWeight, Int4Weight, Int8Weight, Weight
 
 MAX_ROWS = 8
@@ -22,6 +22,9 @@ MAX_ROWS = 8
 
 ROW_BYTES = 16
 """A row of weights starts at a multiple of this, so that it is read in loads of that size."""
+
+SMALLEST_DOT_GROUP = 64
+"""Features of an INT4 group that dot_linear takes: an instruction's 16, of every fourth one."""
 
 EXPONENT = 0x4B000000
 """The bits of 2^23 in float32: see gemv.py."""
@@ -68,12 +71,26 @@ class Workspace:
                 elements, chunks = max(elements, needed[0]), max(chunks, needed[1])
         return cls.allocate(device, elements, chunks)
 
+    @classmethod
+    def for_dot(
+        cls, device: torch.device | str, passes: Iterable[tuple[int, Weight]], capability: int
+    ) -> Self:
+        """One for launches of dot_linear over (rows, weight), with that many rows or fewer."""
+        elements = chunks = 0
+        for rows, n, k, kind in {(rows, *w.shape, weight_type(w)) for rows, w in passes}:
+            for most in (*(each for each in DOT_ROWS if each < rows), rows):
+                tile = choose_tile(DOT_LINEAR, capability, most, n, k, kind)
+                needed = workspace_needs(most, n, tile)
+                elements, chunks = max(elements, needed[0]), max(chunks, needed[1])
+        return cls.allocate(device, elements, chunks)
+
 
 def workspace_needs(rows: int, n: int, tile: Tile) -> tuple[int, int]:
     """(elements, chunks) of the workspace of a launch: none where nothing is shared."""
     if tile.split_k == 1:
         return 0, 0
-    return tile.split_k * rows * n, tile.chunks(n)
+    row_blocks = -(-rows // tile.block_m) if tile.block_m else 1
+    return tile.split_k * rows * n, row_blocks * tile.chunks(n)
 
 
 @dataclass(frozen=True, slots=True)

@@ -73,7 +73,7 @@ class GpuModel:
             _check_weight(weight)
         capability = capability_of(self.device)
         gemv_rows = min(max_gemv_rows(weight, capability) for weight in weights)
-        matmul = Matmul(operations.dequantize_rows, weights, self.device)
+        matmul = Matmul(operations, weights, self.device)
         self._cos, self._sin = reference.rotary_tables(
             geometry.max_context, geometry.rotary_dim, self.device
         )

@@ -111,6 +111,22 @@ class DequantizeRows(Protocol):
         ...
 
 
+class DotLinear(Protocol):
+    """See dot_linear.dot_linear; any number of rows, on sm_80 and newer."""
+
+    def __call__(
+        self,
+        x: torch.Tensor,
+        weight: Weight,
+        out: torch.Tensor,
+        *,
+        add: bool = False,
+        workspace: Workspace | None = None,
+    ) -> None:
+        """See the class."""
+        ...
+
+
 class AttentionWorkspace(Protocol):
     """float32 elements that paged_attention works in; `capability` as 75 for sm_75."""
 
@@ -166,6 +182,7 @@ class Operations:
     paged_attention: PagedAttention
     attention_workspace: AttentionWorkspace
     dequantize_rows: DequantizeRows
+    dot_linear: DotLinear
     copy_blocks: CopyBlocks
     sample: Sample
     sampling_memory: SamplingMemory
@@ -178,6 +195,7 @@ def triton_operations() -> Operations:
     from gptjet.kernels.gpu.attention_tile import default_tile, workspace_elements
     from gptjet.kernels.gpu.copy_blocks import copy_blocks
     from gptjet.kernels.gpu.dequantize import dequantize_rows
+    from gptjet.kernels.gpu.dot_linear import dot_linear
     from gptjet.kernels.gpu.embedding import embed
     from gptjet.kernels.gpu.gelu_linear_residual import gelu_linear_residual
     from gptjet.kernels.gpu.layer_norm_linear import layer_norm_linear
@@ -203,6 +221,7 @@ def triton_operations() -> Operations:
         paged_attention,
         workspace,
         dequantize_rows,
+        dot_linear,
         copy_blocks,
         sample_packed,
         SamplingWorkspace.allocate,
@@ -224,6 +243,7 @@ def reference_operations(sample: Sample | None = None) -> Operations:
         _paged_attention,
         lambda *_: 0,
         reference.dequantize_rows,
+        _dot_linear,
         _copy_blocks,
         sample or _likeliest,
         lambda *_: None,
@@ -273,6 +293,16 @@ def _gelu_linear_residual(
     **_: Any,
 ) -> None:
     reference.gelu_linear_residual(residual, attended.float(), inner.float(), weight)
+
+
+def _dot_linear(
+    x: torch.Tensor, weight: Weight, out: torch.Tensor, *, add: bool = False, **_: Any
+) -> None:
+    result = reference.linear(x.float(), weight)
+    if add:
+        out += result
+    else:
+        out.copy_(result)
 
 
 def _rotary_write_kv(

@@ -1,4 +1,4 @@
-"""A weight pass by the way that its number of rows goes: GEMV kernels for few, cuBLAS for many."""
+"""A weight pass by the way that its number of rows goes: GEMV kernels for few, Matmul for many."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class WeightPasses:
     def close(self) -> None:
         """Give the buffers back. Nothing is computed afterwards."""
         device = self._workspace.partials.device
-        self.matmul = Matmul(self._operations.dequantize_rows, [], device)
+        self.matmul = Matmul(self._operations, [], device)
         self._workspace = Workspace.allocate(device, 0, 0)
 
     def layer_norm_linear(

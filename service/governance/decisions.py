@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from gptjet.service.governance.folding import fold
@@ -59,7 +59,17 @@ class DecisionLog:
     its matches when the text ends.
     """
 
-    def __init__(self, origin: Origin, policy: str, digests: Digests, *, excerpts: bool) -> None:
+    def __init__(
+        self,
+        origin: Origin,
+        policy: str,
+        digests: Digests,
+        *,
+        excerpts: bool,
+        on_decision: Callable[[str, str, str], None],
+    ) -> None:
+        """`on_decision` is told (direction, rule, action) once, with the first record of them."""
+        self._on_decision = on_decision
         self._origin = origin
         self._policy = policy
         self._digests = digests
@@ -82,6 +92,8 @@ class DecisionLog:
         for (rule, action), tally in self._tallies.items():
             due = tally.count > tally.written if final else tally.written == 0
             if due:
+                if not tally.written:
+                    self._on_decision(self._origin.direction, rule, action)
                 tally.written = tally.count
                 records.append(self._record(rule, action, tally))
         return records, flagged

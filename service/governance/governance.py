@@ -103,7 +103,7 @@ class Governance:
         except PolicyError as error:
             raise GovernanceError(str(error)) from error
         self._seen = _fingerprint(self._policy)
-        self.decisions: Counter[tuple[str, str, str]] = Counter()
+        self._decisions: Counter[tuple[str, str, str]] = Counter()
         self._recorder = Recorder(
             AuditLog(
                 settings.folder / AUDIT_FILE,
@@ -135,8 +135,34 @@ class Governance:
 
     @property
     def counters(self) -> RecorderCounters:
-        """What was recorded and what was not. `decisions` counts (direction, rule, action)."""
+        """What was recorded and what was not."""
         return self._recorder.counters
+
+    def decided(self) -> dict[tuple[str, str, str], int]:
+        """Texts in which a rule found something, by (direction, rule, action); for any thread.
+
+        What the policy in force may decide is there from the start, with 0. A text that a rule
+        found something in many times counts once, as does one that ended before its caller let it.
+        """
+        counts: dict[tuple[str, str, str], int] = {
+            (direction, rule.name, rule.action): 0
+            for direction, chain in self._policy.chains.items()
+            for rule in chain.rules
+        }
+        # Copied at once: the event loop may count beside a scrape.
+        counts.update(tuple(self._decisions.items()))
+        return counts
+
+    @property
+    def num_unrecorded(self) -> int:
+        """Decisions and findings that could not be written to the audit log or the queue."""
+        counters = self.counters
+        return counters.failed + counters.dropped + counters.review_failed
+
+    @property
+    def num_pending(self) -> int | None:
+        """Items that wait for a reviewer, as of about a second ago; None: it cannot be read."""
+        return self._recorder.num_pending
 
     def start(self) -> None:
         """Start writing and watching the file."""
@@ -194,7 +220,7 @@ class Governance:
             if findings:
                 origin = Origin(request_id, method, direction, item.field)
                 log = self._log(origin, policy)
-                await self._record(log, findings, direction, final=True)
+                await self._record(log, findings, final=True)
                 last = findings[-1]
                 if last.action == "block" and blocked is None:
                     blocked = BlockedError(last.rule.name, direction, item.field)
@@ -241,15 +267,20 @@ class Governance:
         return item.text, findings
 
     def _log(self, origin: Origin, policy: Policy) -> DecisionLog:
-        return DecisionLog(origin, policy.digest, self._digests, excerpts=self._settings.excerpts)
+        return DecisionLog(
+            origin,
+            policy.digest,
+            self._digests,
+            excerpts=self._settings.excerpts,
+            on_decision=self._count,
+        )
 
-    async def _record(
-        self, log: DecisionLog, findings: Sequence[Finding], direction: str, *, final: bool
-    ) -> None:
+    def _count(self, direction: str, rule: str, action: str) -> None:
+        self._decisions[direction, rule, action] += 1
+
+    async def _record(self, log: DecisionLog, findings: Sequence[Finding], *, final: bool) -> None:
         records, flagged = log.take(findings, final=final)
         if records:
-            for record in records:
-                self.decisions[direction, str(record["rule"]), str(record["action"])] += 1
             await self._recorder.record(records, flagged)
 
     def _record_later(
@@ -312,7 +343,6 @@ class OutputPolicy:
             await self._governance._record(
                 self._log_of(index),
                 guard.findings,
-                "output",
                 final=final or guard.blocked is not None,
             )
         return cleared

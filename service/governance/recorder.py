@@ -76,6 +76,8 @@ class Recorder:
         self._complaint: str | None = None
         self.counters = RecorderCounters()
         self.rejected: frozenset[tuple[str, str]] = frozenset()
+        self.num_pending: int | None = None
+        self._has_added = False
 
     def start(self) -> None:
         """Start the thread."""
@@ -86,7 +88,7 @@ class Recorder:
         """Use both files once, before the thread runs. Raises OSError or ReviewError."""
         self._audit.append([{"event": "start"}])
         try:
-            self._refresh_rejected()
+            self._refresh()
         finally:
             self._drop_queue()  # SQLite's connections belong to their thread
 
@@ -181,6 +183,7 @@ class Recorder:
         if job.flagged:
             try:
                 self._queue().add(job.flagged)
+                self._has_added = True
             except Exception as raised:  # noqa: BLE001
                 error = error or raised
                 self.counters.review_failed += len(job.flagged)
@@ -195,9 +198,10 @@ class Recorder:
     def _tick(self) -> None:
         try:
             self._audit.sync(if_due=True)
-            self._refresh_rejected()
+            self._refresh()
         except (OSError, ReviewError) as error:
             self._drop_queue()
+            self.num_pending = None
             self._complain(str(error))
         try:
             self._on_tick()
@@ -215,10 +219,15 @@ class Recorder:
             self._review.close()
             self._review = None
 
-    def _refresh_rejected(self) -> None:
+    def _refresh(self) -> None:
         review = self._queue()
         version = review.data_version()
-        if version != self._review_version:
+        is_changed = version != self._review_version
+        # A version does not tell of what the same connection has written.
+        if is_changed or self._has_added:
+            self._has_added = False
+            self.num_pending = review.num_pending()
+        if is_changed:
             self.rejected = review.rejected()
             self._review_version = version
 

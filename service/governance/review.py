@@ -204,6 +204,12 @@ class ReviewQueue:
                 ).fetchall()
             )
 
+    def num_pending(self) -> int:
+        """Items that nobody has decided on."""
+        with self._errors():
+            row = self._database.execute("SELECT count(*) FROM items WHERE status = 'pending'")
+            return int(row.fetchone()[0])
+
     def data_version(self) -> int:
         """A number that changes when another process has written."""
         with self._errors():

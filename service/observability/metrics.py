@@ -26,6 +26,7 @@ from gptjet.service.engine.backend import ParityStatus
 from gptjet.service.engine.observer import StepKind, StepReport
 from gptjet.service.engine.request import FinishReason
 from gptjet.service.log import dropped_lines
+from gptjet.service.observability.governance import GovernanceCollector, Governed
 from gptjet.service.observability.tally import Tally
 
 if TYPE_CHECKING:
@@ -47,9 +48,14 @@ _NS_PER_S = 1e9
 _MS_PER_S = 1e3
 
 # What an RPC can end with here, so that a rate sees the first one of a kind as a step from 0.
-_USUAL_CODES = (
-    *("OK", "CANCELLED", "DEADLINE_EXCEEDED", "INTERNAL", "INVALID_ARGUMENT"),
-    *("RESOURCE_EXHAUSTED", "UNAVAILABLE"),
+USUAL_CODES = (
+    *("OK", "CANCELLED", "DEADLINE_EXCEEDED", "INTERNAL", "INVALID_ARGUMENT", "PERMISSION_DENIED"),
+    *("RESOURCE_EXHAUSTED", "UNAUTHENTICATED", "UNAVAILABLE"),
+)
+# What refuses an RPC: the caller's own doing, and what the server has no room or is not there for.
+CALLERS_FAULTS = (*("authentication", "message_size", "policy", "quota", "scope", "slow_reader"),)
+SERVERS_LIMITS = (
+    *("concurrent_rpcs", "memory", "queue", "queue_time", "tokens_in_flight", "unavailable"),
 )
 
 
@@ -100,6 +106,10 @@ class Metrics:
         )
         error.set(spec.parity.max_relative_error)
 
+    def govern(self, governed: Governed) -> None:
+        """Count what a policy decides."""
+        self.registry.register(GovernanceCollector(governed))
+
     # --- what is reported ---
 
     def step_ended(self, report: StepReport) -> None:
@@ -146,6 +156,11 @@ class Metrics:
         if counted:
             self._active.dec()
             self._durations.labels(method).observe(duration_s)
+
+    def rpc_refused(self, refused_by: str | None) -> None:
+        """What refused an RPC that has ended; None: nothing has."""
+        if refused_by is not None:
+            self._refused.labels(refused_by).inc()
 
     # --- what there is ---
 
@@ -202,9 +217,17 @@ class Metrics:
             ("method",),
         )
         self._active = self._gauge("rpcs_active", "RPCs being served; probes left out.")
+        self._refused = self._counter(
+            "rpcs_refused",
+            "RPCs refused by a right, a limit or the server's state, by which of them; what is not "
+            "a valid request is not among them.",
+            ("refused_by",),
+        )
+        for refused_by in (*CALLERS_FAULTS, *SERVERS_LIMITS):
+            self._refused.labels(refused_by)
         for method in methods:
             self._durations.labels(method)
-            for code in _USUAL_CODES:
+            for code in USUAL_CODES:
                 self._rpcs.labels(method, code)
 
     def _counter(self, name: str, text: str, labels: tuple[str, ...] = ()) -> Counter:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from gptjet.service.engine.async_engine import AsyncEngine
     from gptjet.service.engine.observer import RequestObserver
     from gptjet.service.observability.exposition import MetricsServer
+    from gptjet.service.observability.governance import Governed
     from gptjet.service.observability.metrics import Metrics
     from gptjet.service.observability.tracing import Tracing
 
@@ -39,6 +40,11 @@ class Observability:
         assert self.metrics is not None
         self._http = MetricsServer(host, port, self.metrics.registry)
         self.metrics_port = self._http.port
+
+    def govern(self, governed: Governed) -> None:
+        """Watch what a policy decides."""
+        if self.metrics is not None:
+            self.metrics.govern(governed)
 
     def attach(self, engine: AsyncEngine, model: str) -> None:
         """Watch a loaded model's engine."""

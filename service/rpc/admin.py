@@ -36,6 +36,7 @@ _STATES = {
     "loading": pb.SERVER_STATE_LOADING,
     "serving": pb.SERVER_STATE_SERVING,
     "draining": pb.SERVER_STATE_DRAINING,
+    "failed": pb.SERVER_STATE_FAILED,
 }
 # gRPC's class is generic in its stub only.
 _Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
@@ -51,7 +52,7 @@ class Administered(Protocol):
 
     @property
     def state(self) -> str:
-        """ "loading", "serving" or "draining"."""
+        """ "loading", "serving", "draining" or "failed"."""
         ...
 
     @property

@@ -52,7 +52,8 @@ class RequestRecord:
 
     `counted` says that it is one of our service's and not a probe; its `method` has no prefix then.
     `caller` is the name of the bearer token it came with. `trace` is what its engine request
-    carries for whoever makes spans of it; `label` is the method in metrics.
+    carries for whoever makes spans of it; `label` is the method in metrics, and `refused_by` what
+    refused it.
     """
 
     method: str
@@ -62,6 +63,7 @@ class RequestRecord:
     deadline_ns: int | None = None
     code: grpc.StatusCode = grpc.StatusCode.OK
     error: str | None = None
+    refused_by: str | None = None
     request_id: str | None = None
     trace_id: str | None = None
     span_id: str | None = None
@@ -259,6 +261,7 @@ class RequestInterceptor(grpc.aio.ServerInterceptor):
         except Exception as error:  # noqa: BLE001 - a bug is logged, and its caller told an id
             status = to_status(error) or _internal(error, method)
             record.code, record.error = status.code, status.message
+            record.refused_by = status.refused_by
             if status.code is grpc.StatusCode.INTERNAL and record.finish_reason is not None:
                 record.finish_reason = FinishReason.ERROR
             await _abort(context, status)

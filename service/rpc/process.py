@@ -69,7 +69,7 @@ async def serve(config: ServerConfig, *, loader: Loader) -> int:
     try:
         await server.start()
     except (ListenError, ObservabilityError, GovernanceError) as error:
-        await server.drain(0.0)
+        await _drain(server, 0.0)
         return _give_up(str(error))
     bringing_up = asyncio.create_task(_bring_up(server, loader))
     stopping = asyncio.create_task(stop.wait())
@@ -86,7 +86,7 @@ async def serve(config: ServerConfig, *, loader: Loader) -> int:
     stopping.cancel()
     failing.cancel()
     await asyncio.gather(bringing_up, stopping, failing, return_exceptions=True)
-    if not await server.drain():
+    if not await _drain(server):
         code = EXIT_FAILURE
     if server.failed.is_set():
         code = EXIT_ENGINE
@@ -108,6 +108,17 @@ def run(config: ServerConfig, *, loader: Loader) -> int:
     ):
         _exit_now(code)
     return code
+
+
+async def _drain(server: Server, grace_s: float | None = None) -> bool:
+    """`Server.drain`, but what it raises is logged, as False: its process ends all the same."""
+    try:
+        return await server.drain(grace_s)
+    except Exception as error:
+        # All its parts have been told to stop; an error that came on the way is a context of this.
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        logger.error("draining failed", reason=reason, exc_info=error)
+        return False
 
 
 async def _let_tasks_end() -> None:

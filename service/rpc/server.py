@@ -101,6 +101,7 @@ class Server:
         self.governance = open_governance(self.config)
         if self.governance is not None:
             self._servicer.govern(self.governance)
+            self.observability.govern(self.governance)
         self._serve_metrics()
         if self.config.reuse_port:
             listen.check_address(self.config.host, self.config.port, "--port", reuse_port=True)
@@ -247,9 +248,13 @@ class Server:
 
     @property
     def state(self) -> str:
-        """ "loading", "serving" or "draining", as does one whose engine has failed for good."""
-        has_failed = self.engine is not None and self.engine.failure is not None
-        if self._draining or self.stop_asked.is_set() or has_failed:
+        """ "loading", "serving", "draining", or "failed": its engine has, for good.
+
+        Also while it drains for that: what its administrator has to know is that it failed.
+        """
+        if self.engine is not None and self.engine.failure is not None:
+            return "failed"
+        if self._draining or self.stop_asked.is_set():
             return "draining"
         return "loading" if self.engine is None else "serving"
 

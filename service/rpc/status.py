@@ -97,12 +97,13 @@ class PolicyBlockedError(EngineError):
 
 @dataclass(frozen=True, slots=True)
 class RpcStatus:
-    """What a failed RPC ends with."""
+    """What a failed RPC ends with. `refused_by` is a word of REFUSED_BY where it was refused."""
 
     code: grpc.StatusCode
     message: str
     details: tuple[Message, ...] = ()
     retry_after_s: float | None = field(default=None)
+    refused_by: str | None = None
 
     def trailing_metadata(self) -> tuple[tuple[str, str | bytes], ...]:
         """The google.rpc.Status as gRPC carries it, and the retry time for gRPC's own retries."""
@@ -192,6 +193,24 @@ _TABLE: dict[type, tuple[grpc.StatusCode, Callable[[EngineError], Sequence[Messa
 }
 
 
+# What refused an RPC whose code says no more than that it was: a full queue and a used-up quota are
+# both RESOURCE_EXHAUSTED, but only one of them is the server's. For metrics and their alerts.
+REFUSED_BY: dict[type, str] = {
+    UnauthenticatedError: "authentication",
+    PermissionDeniedError: "scope",
+    PolicyBlockedError: "policy",
+    QuotaExceededError: "quota",
+    MessageTooLargeError: "message_size",
+    SlowReaderError: "slow_reader",
+    QueueFullError: "queue",
+    QueueTimeError: "queue_time",
+    TokensInFlightError: "tokens_in_flight",
+    TooManyRpcsError: "concurrent_rpcs",
+    OutOfMemoryError: "memory",
+    EngineUnavailableError: "unavailable",
+}
+
+
 def to_status(error: Exception) -> RpcStatus | None:
     """The gRPC status of an error of ours; None for what is not in the table, and so a bug."""
     for cls in type(error).__mro__:
@@ -203,5 +222,6 @@ def to_status(error: Exception) -> RpcStatus | None:
                 message=_cut(str(error), MAX_MESSAGE_CHARACTERS),
                 details=tuple(details(error)),
                 retry_after_s=getattr(error, "retry_after_s", None),
+                refused_by=REFUSED_BY.get(cls),
             )
     return None

@@ -89,6 +89,7 @@ class RpcWatch:
         if self._metrics is not None:
             label = self._label(record.method)
             self._metrics.rpc_ended(label, record.code.name, 0.0, counted=False)
+            self._metrics.rpc_refused(record.refused_by)
 
     def _label(self, path: str) -> str:
         """The method in metrics: its callers cannot make up new ones."""
@@ -107,6 +108,7 @@ class RpcWatch:
             self._metrics.rpc_ended(
                 record.label, record.code.name, duration_s, counted=record.counted
             )
+            self._metrics.rpc_refused(record.refused_by)
         if self._tracing is not None and record.trace is not None:
             self._tracing.end_rpc(record.trace, record.code.name, _usage(record))
 

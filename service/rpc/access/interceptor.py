@@ -137,6 +137,7 @@ class AccessInterceptor(grpc.aio.ServerInterceptor):
                 method=method.removeprefix("/"), peer=context.peer(), counted=True
             )
             record.code, record.error = status.code, status.message
+            record.refused_by = status.refused_by
             self._on_refused(record)
             await context.abort(status.code, status.message, status.trailing_metadata())
 

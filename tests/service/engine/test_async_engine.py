@@ -108,7 +108,7 @@ async def test_64_streams_half_cancelled_leave_nothing_and_the_rest_unchanged(st
 
 
 async def test_cancelled_stream_frees_its_blocks_while_others_run(start: Any) -> None:
-    engine = await start(MockBackend(decode_ms=1))
+    engine = await start(MockBackend(decode_ms=20))
     stays = engine.submit(request("a", max_new_tokens=300))
     leaves = engine.submit(request("a", max_new_tokens=300))
     async for _ in leaves:

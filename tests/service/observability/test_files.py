@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from gptjet.service.cli import app
 from gptjet.service.commands.metrics import FILE_NAMES
-from gptjet.service.observability.metrics import Metrics
+from gptjet.service.observability.metrics import CALLERS_FAULTS, Metrics
 
 FOLDER = resources.files("gptjet.service.observability")
 _NAME = re.compile(r"\b(?:gptjet|process|python)_[a-z0-9_]+")
@@ -53,9 +53,18 @@ def alert_queries() -> list[str]:
 
 
 @pytest.fixture
-async def samples(start_server: Callable[..., Awaitable[Any]]) -> dict[str, set[str]]:
+async def samples(
+    start_server: Callable[..., Awaitable[Any]], tmp_path: Path
+) -> dict[str, set[str]]:
     """Every sample that a server gives, with the labels that it can have."""
-    running = await start_server(metrics_port=0)
+    policy = tmp_path / "policy.toml"
+    policy.write_text(
+        'version = 1\n[[rules]]\nname = "no"\naction = "block"\nphrases = ["zzz"]\n',
+        encoding="utf-8",
+    )
+    running = await start_server(
+        metrics_port=0, governance_policy=policy, governance_dir=tmp_path / "governance"
+    )
     await running.client.generate("abc", max_new_tokens=2)
     from prometheus_client import generate_latest
 
@@ -152,6 +161,19 @@ def test_every_alert_is_tested_both_ways() -> None:
         "GPTJetTimeToFirstTokenHigh",
         "GPTJetInterTokenLatencyHigh",
     }
+
+
+def test_what_callers_do_wrong_pages_nobody() -> None:
+    """An alert on refusals leaves the callers' own out by name; one on codes names a server's."""
+    num_refusals = 0
+    for rule in alerts():
+        for left_out in re.findall(r'rpcs_refused_total\{refused_by!~"([^"]*)"', rule["expr"]):
+            assert sorted(left_out.split("|")) == sorted(CALLERS_FAULTS)
+            num_refusals += 1
+        assert rule["expr"].count("rpcs_refused_total") == rule["expr"].count("refused_by!~")
+    assert num_refusals
+    (internal,) = (rule for rule in alerts() if rule["alert"] == "GPTJetInternalErrors")
+    assert re.findall(r'code="(\w+)"', internal["expr"]) == ["INTERNAL"]
 
 
 def test_metrics_are_counters_gauges_and_histograms_only() -> None:

@@ -16,17 +16,22 @@ import threading
 import urllib.error
 import urllib.request
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
+from prometheus_client import generate_latest, values
 from prometheus_client.parser import text_string_to_metric_families
 
 from gptjet.service.backends.mock import MockBackend
 from gptjet.service.client import GptjetError
+from gptjet.service.engine.observer import StepKind, StepReport
 from gptjet.service.observability.errors import ObservabilityError
 from gptjet.service.observability.exposition import MetricsServer
 from gptjet.service.observability.metrics import Metrics
+from gptjet.service.rpc.access.tokens import new_token
+from gptjet.service.rpc.access.tokens_file import editing
 
 StartServer = Callable[..., Awaitable[Any]]
 
@@ -213,6 +218,25 @@ async def test_errors_are_counted_by_method_and_code(start_server: StartServer) 
     now = await scrape_when(running, "rpcs_total", 1, method="Tokenize", code="INVALID_ARGUMENT")
     # What has not happened is there with 0, so that its first time is seen as an increase.
     assert now("rpcs_total", method="Score", code="INTERNAL") == 0
+
+
+async def test_refusals_are_counted_by_what_refused(
+    start_server: StartServer, tmp_path: Path
+) -> None:
+    text, kept = new_token("web", requests_per_minute=1)
+    with editing(tmp_path / "tokens", create=True) as tokens:
+        tokens.append(kept)
+    running = await start_server(metrics_port=0, tokens_file=tmp_path / "tokens", attach=False)
+    web = running.new_client(token=text, retry=None)
+    for client in (running.client, web, web):
+        with pytest.raises(GptjetError):
+            await client.generate("abc")
+    now = await scrape_when(running, "rpcs_refused_total", 1, refused_by="quota")
+    assert now("rpcs_refused_total", refused_by="authentication") == 1
+    assert now("rpcs_refused_total", refused_by="unavailable") == 1
+    assert now("rpcs_refused_total", refused_by="queue") == 0
+    assert now("rpcs_total", method="Generate", code="UNAUTHENTICATED") == 1
+    assert now("rpcs_total", method="Score", code="PERMISSION_DENIED") == 0
 
 
 async def test_a_failed_step_is_an_error_of_the_request_and_the_rpc(
@@ -416,3 +440,22 @@ async def test_the_port_is_closed_when_the_server_has_drained(start_server: Star
     await running.server.drain(0.0)
     with pytest.raises(OSError, match="refused"):
         await asyncio.to_thread(get, port)
+
+
+def test_counting_a_step_takes_no_lock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """prometheus_client's own values do, and a scrape may hold it: every stream would wait."""
+    metrics = Metrics(("Generate",))
+
+    def refuse(*_: Any) -> None:
+        raise AssertionError("a value behind a lock")
+
+    for change in ("inc", "set"):
+        monkeypatch.setattr(values.ValueClass, change, refuse)
+    with pytest.raises(AssertionError, match="behind a lock"):
+        metrics.rpc_started()
+    for kind in StepKind:
+        report = StepReport(0, kind, 2, 3, 4, 5, 6, [7], [8, 9])
+        with metrics.registry._lock:
+            metrics.step_ended(report)
+    text = generate_latest(metrics.registry).decode()
+    assert "gptjet_generated_tokens_total 15.0" in text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import re
 import signal
 import threading
@@ -13,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from gptjet.service.backends.mock import MockBackend
+from gptjet.service.cli import app
 from gptjet.service.client import (
     Client,
     GptjetError,
@@ -104,7 +107,7 @@ def test_decode_steps_without_memory_fail_nobody(serve_process: Serve, paged: in
 def test_a_hung_step_tells_callers_then_health_and_exits_for_its_supervisor(
     serve_process: Serve,
 ) -> None:
-    flags = ("--step-timeout-s", "1", "--failure-grace-s", "2", "--max-sequences", "1")
+    flags = ("--step-timeout-s", "1", "--failure-grace-s", "5", "--max-sequences", "1")
     server = serve_process("mock:hang_at_step=5", *flags)
     with server.connect() as client, ThreadPoolExecutor(3) as pool:
         running = pool.submit(outcome, client, max_new_tokens=20)
@@ -127,7 +130,7 @@ def test_a_dead_engine_thread_tells_callers_and_exits_for_its_supervisor(
     serve_process: Serve,
 ) -> None:
     flags = ("--failure-grace-s", "0.5", "--max-sequences", "2")
-    server = serve_process("mock:die_at_step=30,decode_ms=2", *flags)
+    server = serve_process("mock:die_at_step=300,decode_ms=5", *flags)
     with server.connect() as client, ThreadPoolExecutor(6) as pool:
         results = list(pool.map(lambda _: outcome(client, max_new_tokens=400), range(6)))
     assert all(isinstance(result, InternalError | UnavailableError) for result in results)
@@ -165,7 +168,7 @@ class HangingBackend(MockBackend):
     """Decodes until `hang` is set, and then waits for `go_on`."""
 
     def __init__(self) -> None:
-        super().__init__(decode_ms=1)
+        super().__init__(decode_ms=20)
         self.hang, self.go_on = threading.Event(), threading.Event()
 
     def decode(self, batch: Any) -> Any:
@@ -181,14 +184,39 @@ def hanging() -> Iterator[HangingBackend]:
     backend.go_on.set()
 
 
-async def test_a_server_whose_engine_has_failed_does_not_say_that_it_serves(
-    start_server: Any, hanging: HangingBackend
+async def test_a_server_whose_engine_has_failed_says_so_to_its_administrator(
+    start_server: Any, hanging: HangingBackend, tmp_path: Path
 ) -> None:
-    running = await start_server(backend=hanging, step_timeout_s=0.2)
-    assert running.server.state == "serving"
+    socket = tmp_path / "admin"
+    running = await start_server(backend=hanging, step_timeout_s=0.2, admin_socket=socket)
+
+    def ask() -> tuple[str, str]:
+        flags = ["admin", "status", "--admin", f"unix:{socket}"]
+        table, document = (
+            CliRunner().invoke(app, [*flags, *more], env={"COLUMNS": "200"}).stdout
+            for more in ([], ["--json"])
+        )
+        return table.split(",")[0].split()[-1], json.loads(document)["state"]
+
+    async def told() -> str:
+        shown, state = await asyncio.to_thread(ask)
+        assert shown == state
+        return state
+
+    assert await told() == "serving"
     hanging.hang.set()
     with pytest.raises(InternalError):
         await running.client.generate("a", max_new_tokens=9)
+    assert await told() == "failed"
+    # That it ends for it hides nothing.
+    running.server.ask_to_stop(0.0)
+    assert await told() == "failed"
+    assert await running.client.health() is HealthStatus.NOT_SERVING
+
+
+async def test_a_server_that_is_told_to_stop_is_draining_and_not_failed(start_server: Any) -> None:
+    running = await start_server()
+    running.server.ask_to_stop(0.0)
     assert running.server.state == "draining"
 
 

@@ -20,6 +20,7 @@ from gptjet.service.client import Client, HealthStatus, TlsOptions, UnavailableE
 from gptjet.service.config import ServerConfig
 from gptjet.service.engine.errors import BackendLoadError
 from gptjet.service.rpc.process import serve
+from gptjet.service.rpc.server import Server
 
 PATIENCE_S = 60.0
 
@@ -32,8 +33,24 @@ from gptjet.service.engine.tokenizer import ByteTokenizer
 from gptjet.service.config import load_config
 from gptjet.service.rpc.process import run
 
-def slow_steps(config):
-    return LoadedModel(MockBackend(decode_ms=10), ByteTokenizer())
+class HeldBackend(MockBackend):
+    # No decode step ends while the file is there.
+    def decode(self, batch):
+        while Path(sys.argv[3]).exists():
+            time.sleep(0.01)
+        return super().decode(batch)
+
+def held_steps(config):
+    return LoadedModel(HeldBackend(), ByteTokenizer())
+
+def does_not_close(config):
+    from gptjet.service.rpc.server import Server
+
+    async def does_not_close(server):
+        raise KeyError("a bug in an end")
+
+    Server._close_governance = does_not_close
+    return slow_steps(config)
 
 def never_ends(config):
     while True:
@@ -48,10 +65,11 @@ class Process:
     """A server in a process of its own."""
 
     def __init__(self, folder: Path, loader: str) -> None:
-        self.port_file = folder / "port"
+        self.port_file, self.hold = folder / "port", folder / "hold"
+        self.hold.touch()
         environment = {k: v for k, v in os.environ.items() if not k.startswith("GPTJET_")}
         self.process = subprocess.Popen(
-            [sys.executable, "-c", SCRIPT, str(self.port_file), loader],
+            [sys.executable, "-c", SCRIPT, str(self.port_file), loader, str(self.hold)],
             stderr=subprocess.PIPE,
             text=True,
             env=environment | {"OMP_NUM_THREADS": "1"},
@@ -94,7 +112,7 @@ def start_process(tmp_path: Path) -> Iterator[Callable[[str], Process]]:
 
 
 def test_sigterm_drains_and_exits_0(start_process: Callable[[str], Process]) -> None:
-    server = start_process("slow_steps")
+    server = start_process("held_steps")
     with server.connect() as client:
         client.wait_until_serving(PATIENCE_S)
         stream = client.generate_stream("a", max_new_tokens=300)
@@ -104,6 +122,7 @@ def test_sigterm_drains_and_exits_0(start_process: Callable[[str], Process]) -> 
             time.sleep(0.01)
         with pytest.raises(UnavailableError, match="draining"):
             client.generate("a")
+        server.hold.unlink()
         assert len(list(stream)) == 299
         assert stream.summary is not None
         assert server.wait() == 0
@@ -114,8 +133,43 @@ def test_sigterm_drains_and_exits_0(start_process: Callable[[str], Process]) -> 
     assert not server.port_file.exists()
 
 
+def test_a_bug_while_draining_is_logged_and_exit_code_1(
+    start_process: Callable[[str], Process],
+) -> None:
+    server = start_process("does_not_close")
+    with server.connect() as client:
+        client.wait_until_serving(PATIENCE_S)
+    server.signal(signal.SIGTERM)
+    assert server.wait() == 1
+    log = server.stderr()
+    (line,) = errors_in(log)
+    assert "draining failed" in line
+    assert "KeyError: 'a bug in an end'" in line
+    assert log.index("draining failed") < log.index("does_not_close") < log.index("exit_code=1")
+    assert log.count("Traceback") == 1  # the log's, and none of the interpreter's
+    assert not server.port_file.exists()
+
+
+@pytest.mark.usefixtures("own_logging")
+async def test_a_bug_in_the_end_of_a_failed_start_does_not_hide_why_it_failed(
+    capfd: pytest.CaptureFixture[str], start_server: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = await start_server()
+
+    async def broken(_server: Server, _grace_s: float | None = None) -> bool:
+        raise KeyError("a bug in an end")
+
+    structlog.reset_defaults()  # start_server captures what `serve` has to print
+    with monkeypatch.context() as patch:
+        patch.setattr(Server, "drain", broken)
+        assert await serve(ServerConfig(port=first.server.port), loader=raise_bug) == 2
+    bug, reason = errors_in(capfd.readouterr().err)
+    assert "KeyError: 'a bug in an end'" in bug
+    assert f"port {first.server.port} on 127.0.0.1 is in use" in reason
+
+
 def test_second_signal_exits_at_once(start_process: Callable[[str], Process]) -> None:
-    server = start_process("slow_steps")
+    server = start_process("held_steps")
     with server.connect() as client:
         client.wait_until_serving(PATIENCE_S)
         stream = client.generate_stream("a", max_new_tokens=500)

@@ -9,6 +9,7 @@ from google.rpc import error_details_pb2  # type: ignore[import-untyped]
 from gptjet.service.config import ServerConfig
 from gptjet.service.engine import errors
 from gptjet.service.engine.errors import FieldViolation
+from gptjet.service.observability.metrics import CALLERS_FAULTS, SERVERS_LIMITS, USUAL_CODES
 from gptjet.service.rpc import status
 from gptjet.service.rpc.access import errors as access
 from gptjet.service.rpc.status import to_status
@@ -40,6 +41,10 @@ EXAMPLES = [
 ]
 
 
+# A server that could not load answers nobody.
+_SERVED = set(grpc.StatusCode) - {grpc.StatusCode.FAILED_PRECONDITION}
+
+
 @pytest.mark.parametrize(
     ("error", "setting"),
     [
@@ -65,6 +70,23 @@ def test_code_and_message(error: errors.EngineError, code: grpc.StatusCode) -> N
     assert result is not None
     assert result.code is code
     assert result.message == str(error)
+
+
+def test_every_code_and_everything_that_refuses_has_its_series_from_the_start() -> None:
+    """So that the first one of a kind is an increase, and an alert's ratio has all its parts."""
+    results = [to_status(error) for error, code in EXAMPLES if code in _SERVED]
+    assert {result.code.name for result in results if result} <= set(USUAL_CODES)
+    assert {"OK", "CANCELLED"} <= set(USUAL_CODES)
+    assert set(CALLERS_FAULTS).isdisjoint(SERVERS_LIMITS)
+    assert {result.refused_by for result in results if result} - {None} == {
+        *CALLERS_FAULTS,
+        *SERVERS_LIMITS,
+    }
+    # Codes that do not say by themselves whose doing it was.
+    unclear = {"RESOURCE_EXHAUSTED", "UNAVAILABLE", "UNAUTHENTICATED", "PERMISSION_DENIED"}
+    for result in results:
+        assert result is not None
+        assert (result.refused_by is not None) is (result.code.name in unclear), result
 
 
 def test_every_error_a_caller_can_meet_has_a_row() -> None:
