@@ -1,6 +1,8 @@
 # The server in an image.
 #   docker build -t gptjet .                                        on a CPU
 #   docker build --build-arg LOCK=requirements/hopper.txt -t gptjet .        on an H100
+#   docker build --build-arg LOCK=requirements/t4-v100-a10.txt --build-arg ARCH=sm_75 -t gptjet .
+#                                           on a T4, with GPT-J-6B's kernels compiled into the image
 #   docker build --target deepspeed-sm70-sm75 -t gptjet .           T4, V100; DeepSpeed's op prebuilt
 #   docker build --target deepspeed-sm80-sm86-sm90 -t gptjet .      A100, A10, H100; the same
 #   docker run --gpus all -p 50051:50051 -v /path/to/model:/model:ro gptjet --model /model
@@ -14,10 +16,8 @@
 
 FROM python:3.11-slim-bookworm AS runtime
 # Triton builds its launchers with a C compiler at first use; Python's headers are in this image.
-# So the first start on a card compiles its kernels, some tens of seconds. To ship them compiled,
-# start once on such a card with `-e TRITON_CACHE_DIR=/cache -v $PWD/cache:/cache`, and build an image
-# with `COPY cache /opt/triton` and `ENV TRITON_CACHE_DIR=/opt/triton`: it needs no compiler then.
-# `gptjet doctor` says how many compiled kernels it finds.
+# So the first start on a card compiles its kernels, a minute or more, unless ARCH had them compiled
+# when the image was built. `gptjet doctor` says how many compiled kernels it finds.
 RUN apt-get update \
     && apt-get install -y --no-install-recommends gcc libc6-dev \
     && rm -rf /var/lib/apt/lists/*
@@ -86,5 +86,18 @@ RUN pip install -r requirements/build.txt && pip install -r "$LOCK"
 COPY . .
 RUN pip install --no-deps --no-build-isolation .
 
+# ARCH="sm_75" or "sm_80 sm_86"; empty: nothing is compiled. No GPU is needed. WARM_FLAGS are further
+# ones of `gptjet warm-cache`: "--dtype int8", "--model" with a folder that the stage has.
+FROM build AS warm
+ARG ARCH=
+ARG WARM_FLAGS=
+# Where the server will look: the files hold the path.
+RUN mkdir /opt/kernels && if [ -n "$ARCH" ]; then \
+    apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev \
+    && gptjet warm-cache $(printf -- '--arch %s ' $ARCH) --cache-dir /opt/kernels $WARM_FLAGS; fi
+
 FROM runtime
 COPY --from=build /opt/gptjet /opt/gptjet
+# The server's own, as Triton adds what it does not find.
+COPY --from=warm --chown=gptjet:gptjet /opt/kernels /opt/kernels
+ENV TRITON_CACHE_DIR=/opt/kernels

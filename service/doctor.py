@@ -18,6 +18,7 @@ from gptjet.kernels.cpu.build import chosen_isa, find_compiler
 from gptjet.kernels.gpu.availability import (
     KernelsUnavailableError,
     check_capability,
+    first_start_note,
     inspect_toolchain,
 )
 from gptjet.service.backends.deepspeed import guards, op_build
@@ -163,7 +164,8 @@ def check_gpu_kernels() -> Check:
         mend = tuple(f"{command}  # {problem}" for problem, command in problems)
         return Check("fused on a GPU", Health.WARNING, summary, (where,), mend)
     summary = f"Triton {toolchain.triton} compiles kernels for sm_{major}{minor} at first use"
-    details = (where,) if note is None else (where, note)
+    notes = (note, first_start_note(10 * major + minor, toolchain))
+    details = (where, *filter(None, notes))
     return Check("fused on a GPU", Health.OK, summary, details)
 
 

@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 
 from gptjet.service.backends.deepspeed.op_build import covers
+from gptjet.service.cli import load_command
 
 ROOT = Path(__file__).parents[1]
 DOCKERFILE = (ROOT / "Dockerfile").read_text(encoding="utf-8")
@@ -88,3 +89,20 @@ def test_settings_in_the_images_are_settings_of_the_server() -> None:
 
     for name in re.findall(r"GPTJET_(\w+)=", DOCKERFILE):
         assert name.lower() in ServerConfig.model_fields, name
+
+
+def test_kernels_are_compiled_in_the_folder_where_the_server_looks() -> None:
+    """Triton's cache holds its own path."""
+    (folder,) = set(re.findall(r"--cache-dir (\S+)", stages()["warm"]))
+    default = stages()[""]
+    assert f"COPY --from=warm --chown=gptjet:gptjet {folder} {folder}" in default
+    assert f"ENV TRITON_CACHE_DIR={folder}" in default
+    # The server may add to it: without a user of that name it could not.
+    assert "useradd --create-home --uid 10001 gptjet" in stages()["runtime"]
+
+
+def test_flags_that_the_image_gives_to_warm_cache_exist() -> None:
+    flags = {flag for parameter in load_command("warm-cache").params for flag in parameter.opts}
+    given = set(re.findall(r"--[a-z][a-z-]+", stages()["warm"].partition("gptjet warm-cache")[2]))
+    assert given == {"--arch", "--cache-dir"}
+    assert given <= flags

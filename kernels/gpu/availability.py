@@ -2,7 +2,7 @@
 
 Triton compiles a kernel for the card when it is first launched, and builds the function that
 launches it with a C compiler and Python's headers. Both are kept in a folder (TRITON_CACHE_DIR, or
-~/.triton/cache), so a machine whose cache was warmed needs neither.
+~/.triton/cache), so a machine whose cache was warmed (`gptjet warm-cache`) needs neither.
 """
 
 from __future__ import annotations
@@ -110,6 +110,17 @@ def check_capability(capability: int, name: str) -> str | None:
     )
 
 
+def first_start_note(capability: int, toolchain: Toolchain) -> str | None:
+    """What to know where Triton's cache is empty; None where it is not."""
+    if toolchain.num_cached:
+        return None
+    return (
+        f"{toolchain.cache} has no compiled kernels: the first start compiles them, which takes "
+        f"a minute or more; `gptjet warm-cache --arch sm_{capability}` does it beforehand, without "
+        f"a GPU"
+    )
+
+
 def check_launch(device: torch.device) -> None:
     """Compile and launch the smallest kernel. Raises KernelsUnavailableError with what failed."""
     try:
@@ -136,7 +147,10 @@ def explain(error: BaseException) -> str:
     builds = isinstance(error, (subprocess.CalledProcessError, OSError, ImportError))
     if toolchain.obstacles and (builds or "compiler" in str(error)):
         listed = "; ".join(f"{problem} ({mend})" for problem, mend in toolchain.obstacles)
-        return f"the kernels cannot be built here: {listed}; or ship a warmed TRITON_CACHE_DIR"
+        return (
+            f"the kernels cannot be built here: {listed}; or compile them elsewhere with `gptjet "
+            f"warm-cache` and set TRITON_CACHE_DIR to its folder"
+        )
     message = " ".join(str(error).split()) or "no message"
     return f"the first launch of a kernel failed: {type(error).__name__}: {message[:500]}"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import concurrent.futures.process
 import multiprocessing
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -37,7 +38,7 @@ _META = torch.device("meta")
 _NUM_BLOCKS = 64
 # Layers differ in their addresses alone, all of which are multiples of 16.
 _NUM_LAYERS = 2
-_COMPILE_TIMEOUT_S = 300.0
+COMPILE_TIMEOUT_S = 300.0
 
 
 class WarmError(Exception):
@@ -83,49 +84,68 @@ def compile_all(
     *,
     num_processes: int,
     on_done: Callable[[Launch], None] | None = None,
+    timeout_s: float = COMPILE_TIMEOUT_S,
 ) -> None:
     """Compile into Triton's cache (TRITON_CACHE_DIR), in processes of their own.
 
-    Raises WarmError with every kernel that failed, and for a process that died or hung.
+    Raises WarmError with every kernel that failed, for a process that died, and where none of them
+    has finished a kernel for `timeout_s`.
     """
     context = multiprocessing.get_context("spawn")
     failures: list[str] = []
     with concurrent.futures.ProcessPoolExecutor(num_processes, mp_context=context) as pool:
-        pool.submit(_build_utilities).result(_COMPILE_TIMEOUT_S)
-        waiting = {pool.submit(_compile, launch): launch for launch in launches}
+        waiting: dict[concurrent.futures.Future[str | None], Launch | None]
+        # At the side of the kernels, and by one process alone.
+        waiting = {pool.submit(_build_utilities): None}
+        waiting |= {pool.submit(_compile, launch): launch for launch in launches}
         while waiting:
             done, _ = concurrent.futures.wait(
-                waiting, _COMPILE_TIMEOUT_S, concurrent.futures.FIRST_COMPLETED
+                waiting, timeout_s, concurrent.futures.FIRST_COMPLETED
             )
             if not done:
                 for process in multiprocessing.active_children():
                     process.kill()
-                raise WarmError(f"no kernel was compiled in {_COMPILE_TIMEOUT_S:g} s")
+                raise WarmError(f"no kernel was compiled in {timeout_s:g} s")
             for future in done:
+                try:
+                    problem = future.result()
+                except concurrent.futures.process.BrokenProcessPool as error:
+                    left = ", ".join(sorted({_name(each) for each in waiting.values()}))
+                    raise WarmError(f"a compiling process died; not compiled: {left}") from error
                 launch = waiting.pop(future)
-                error = future.exception()
-                if error is not None:
-                    what = " ".join(str(error).split())[:300]
-                    failures.append(
-                        f"{launch.kernel} for sm_{launch.capability}: "
-                        f"{type(error).__name__}: {what}"
-                    )
-                elif on_done is not None:
+                if problem is not None:
+                    failures.append(f"{_name(launch)}: {problem}")
+                elif launch is not None and on_done is not None:
                     on_done(launch)
     if failures:
-        raise WarmError("; ".join(failures))
+        raise WarmError("\n".join(failures))
 
 
-def _compile(launch: Launch) -> str:
+def _name(launch: Launch | None) -> str:
+    if launch is None:
+        return "what Triton's driver is made of"
+    return f"{launch.kernel} for sm_{launch.capability}"
+
+
+def _compile(launch: Launch) -> str | None:
+    """What went wrong. Not raised: a compiler's exceptions do not always travel."""
     from gptjet.kernels.gpu.offline import compile_launch
 
-    return compile_launch(launch)
+    return _problem_of(lambda: compile_launch(launch))
 
 
-def _build_utilities() -> None:
+def _build_utilities() -> str | None:
     from gptjet.kernels.gpu.offline import build_utilities
 
-    build_utilities()
+    return _problem_of(build_utilities)
+
+
+def _problem_of(work: Callable[[], object]) -> str | None:
+    try:
+        work()
+    except Exception as error:  # noqa: BLE001 - whatever a compiler raises is named
+        return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    return None
 
 
 def default_processes() -> int:

@@ -126,6 +126,9 @@ def test_gpu_kernels_are_shown_with_their_compiler_and_cache(
     assert (check.name, check.health) == ("fused on a GPU", Health.OK)
     assert check.summary == "Triton 3.6.0 compiles kernels for sm_75 at first use"
     assert check.details == ("7 compiled kernels in /cache",)
+    monkeypatch.setattr(doctor, "inspect_toolchain", toolchain)
+    _, first_start = doctor.check_gpu_kernels().details
+    assert "`gptjet warm-cache --arch sm_75`" in first_start
 
 
 @pytest.mark.usefixtures("t4")

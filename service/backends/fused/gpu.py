@@ -44,9 +44,12 @@ def load_operations(weight_type: str, device: torch.device) -> Operations:
                 f"the kernels compute {', '.join(WEIGHT_TYPES)} weights, not {weight_type}"
             )
         major, minor = torch.cuda.get_device_capability(device)
-        name = torch.cuda.get_device_name(device)
-        note = availability.check_capability(10 * major + minor, name)
-        if note is not None:
+        capability, name = 10 * major + minor, torch.cuda.get_device_name(device)
+        notes = (
+            availability.check_capability(capability, name),
+            availability.first_start_note(capability, availability.inspect_toolchain()),
+        )
+        for note in filter(None, notes):
             logger.warning("%s", note)
     if availability.inspect_toolchain().triton is None:
         raise KernelsUnavailableError("Triton is not installed: pip install 'gptjet[gpu]'")

@@ -35,6 +35,7 @@ def test_missing_compiler_is_named_by_the_first_launch(
     reason = explain(RuntimeError("Failed to find C compiler. Please specify via CC ..."))
     assert "no C compiler" in reason
     assert "apt-get install -y gcc" in reason
+    assert "`gptjet warm-cache`" in reason
     assert "TRITON_CACHE_DIR" in reason
 
 

@@ -1,17 +1,21 @@
 """A process without the interpreter, which launches on a card that is not there; prints JSON.
 
-    python warmed_launches.py keys CAPABILITY WEIGHT_TYPE KV_DTYPE
+    python warmed_launches.py keys CAPABILITY:WEIGHT_TYPE:KV_DTYPE ...
     python warmed_launches.py compiled
+    python warmed_launches.py without compiler|headers
 
 `keys`: the keys under which Triton's cache is searched when the loader's model is run, and those
 under which `gptjet warm-cache` compiles. `compiled`: what a launch finds of a kernel compiled so.
+`without`: what a server's first launch on a card says where something is missing.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import sys
+import sysconfig
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -25,6 +29,7 @@ from triton.backends.nvidia import driver as nvidia
 from triton.compiler import make_backend
 from triton.runtime import build
 from triton.runtime.cache import get_cache_key
+from triton.runtime.driver import driver
 
 from gptjet.kernels.batch import BlockGeometry, SamplingBatch
 from gptjet.kernels.gpu import availability, offline, warm
@@ -164,9 +169,43 @@ def compiled() -> dict[str, Any]:
     return {"hits": hits, "loaded": loaded, "num_launches": len(launched)}
 
 
+def without(what: str) -> dict[str, Any]:
+    """Triton's own driver starts by building its utilities; here it finds a card, and no more."""
+    if what == "compiler":
+        os.environ.pop("CC", None)
+        os.environ["PATH"] = os.environ["TRITON_CACHE_DIR"]
+    else:
+        nowhere = os.environ["TRITON_CACHE_DIR"] + "/include"
+        paths = sysconfig.get_paths
+        sysconfig.get_paths = lambda *a, **k: {**paths(*a, **k), "include": nowhere}
+        sysconfig.get_path = lambda *_: nowhere
+        for variable in ("CPATH", "C_INCLUDE_PATH"):
+            os.environ.pop(variable, None)
+    nvidia.library_dirs = list
+
+    class Starting(Card):
+        def __init__(self) -> None:
+            super().__init__(75)
+            nvidia.CudaUtils()
+
+    # The package has an object of the module's name.
+    sys.modules["triton.runtime.driver"].__dict__["_create_driver"] = Starting
+    driver._active = driver._default = None
+    try:
+        availability.check_launch(CPU)
+    except availability.KernelsUnavailableError as error:
+        return {"told": str(error), "cause": type(error.__cause__).__name__}
+    return {"told": None}
+
+
+def _split(case: str) -> list[str]:
+    return case.split(":")
+
+
 if __name__ == "__main__":
-    commands: dict[str, Callable[..., dict[str, Any]]] = {
-        "keys": lambda capability, *kinds: keys(int(capability), *kinds),
+    commands: dict[str, Callable[..., Any]] = {
+        "keys": lambda *cases: [keys(int(c), *kinds) for c, *kinds in map(_split, cases)],
         "compiled": compiled,
+        "without": without,
     }
     print(json.dumps(commands[sys.argv[1]](*sys.argv[2:])))

@@ -186,6 +186,27 @@ def test_cards_and_weights_that_the_kernels_are_not_for_are_named(
         gpu.load_operations("float16" if capability < (7, 0) else "bfloat16", torch.device("cuda"))
 
 
+def test_card_that_is_not_tested_and_an_empty_cache_are_said_before_the_first_launch(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 9))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA L4")
+    monkeypatch.setattr(availability, "check_launch", lambda _: None)
+    monkeypatch.setattr(gpu, "triton_operations", reference_operations)
+    gpu.load_operations("float16", torch.device("cuda"))
+    tested, cached = (record.getMessage() for record in caplog.records)
+    assert tested.startswith("NVIDIA L4 is sm_89, which the kernels are not tested for")
+    assert cached.startswith(f"{tmp_path} has no compiled kernels: the first start compiles them")
+    assert "`gptjet warm-cache --arch sm_89`" in cached
+    caplog.clear()
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "a.cubin").touch()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
+    gpu.load_operations("float16", torch.device("cuda"))
+    assert caplog.records == []
+
+
 @pytest.mark.usefixtures("on_cpu")
 @pytest.mark.parametrize("fails", [False, True])
 def test_graphs_are_recorded_at_warm_up_or_the_log_says_why_not(
