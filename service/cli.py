@@ -70,6 +70,11 @@ COMMANDS = (
         "Write a checkpoint's weights as INT8 or INT4, and print perplexity before and after.",
     ),
     CommandEntry(
+        "Machine",
+        "warm-cache",
+        "Compile a model's GPU kernels before there is a GPU, so that a server need not.",
+    ),
+    CommandEntry(
         "Benchmarks",
         "sweep",
         "Replay the published latency experiment: backends x weight types x lengths.",
@@ -117,7 +122,8 @@ class _LazyGroup(TyperGroup):
 
 def load_command(name: str) -> Any:
     """Import a sub-command: the click command that typer makes of its module."""
-    module = importlib.import_module(f"gptjet.service.commands.{name}")
+    function = name.replace("-", "_")
+    module = importlib.import_module(f"gptjet.service.commands.{function}")
     app = getattr(module, "app", None)
     if app is None:
         app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -126,7 +132,7 @@ def load_command(name: str) -> Any:
             help=module.HELP,
             epilog=module.EXAMPLES,
             context_settings=_CONTEXT_SETTINGS,
-        )(getattr(module, name))
+        )(getattr(module, function))
     return typer.main.get_command(app)
 
 

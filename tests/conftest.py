@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import functools
+import importlib.util
 import json
 import os
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+import hypothesis
 import pytest
 
 # Small models gain nothing from threads, and workers of pytest-xdist share the cores. torch reads
@@ -25,39 +25,45 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+# The same examples in every run, and no limit of time: a neighbour on the machine fails no test,
+# and a change is judged by what it changes. `--hypothesis-profile explore` looks at others.
+hypothesis.settings.register_profile(
+    "explore",
+    deadline=None,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+    print_blob=True,
+)
+hypothesis.settings.register_profile(
+    "repeatable", hypothesis.settings.get_profile("explore"), derandomize=True, database=None
+)
+hypothesis.settings.load_profile("repeatable")
+
 END_OF_TEXT = "<|endoftext|>"
+
+
+QUICK_INTERPRETER = Path(__file__).with_name("quick_interpreter") / "sitecustomize.py"
+
+
+@pytest.fixture(scope="session")
+def quick_interpreter_folder() -> Path:
+    """In the PYTHONPATH of a process, it makes Triton's interpreter quick there."""
+    return QUICK_INTERPRETER.parent
 
 
 @pytest.fixture(scope="session")
 def quick_interpreter() -> Iterator[None]:
-    """Triton 3.6's interpreter patches its language anew at every call of a function in a kernel,
-    `tl.sum` included: a millisecond each, and most of a kernel's time. Once is enough."""
-    import triton.language as tl
+    """Makes Triton's interpreter quick in this process."""
     from triton.runtime import interpreter
 
-    patch = getattr(interpreter, "_patch_lang", None)
-    scope = getattr(interpreter, "_LangPatchScope", None)
-    if patch is None or scope is None:
-        yield  # another Triton, whose ways are not known: slower, and as right
-        return
-
-    @functools.cache
-    def languages_of(function: Any) -> tuple[ModuleType, ...]:
-        return tuple(
-            value
-            for value in function.__globals__.values()
-            if isinstance(value, ModuleType) and value in (tl, tl.core)
-        )
-
-    def patch_unless_done(function: Any) -> Any:
-        languages = languages_of(function)
-        # What is patched is no builtin of the compiler any more.
-        if any(tl.core.is_builtin(language.load) for language in languages) or not languages:
-            return patch(function)
-        return scope()
-
+    spec = importlib.util.spec_from_file_location("quick_interpreter", QUICK_INTERPRETER)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    quick = module.quick_patch(interpreter)
     with pytest.MonkeyPatch.context() as context:
-        context.setattr(interpreter, "_patch_lang", patch_unless_done)
+        if quick is not None:
+            context.setattr(interpreter, "_patch_lang", quick)
         yield
 
 

@@ -55,7 +55,7 @@ def plan_stages(
     """The stages for GPT-J-6B's geometry, or (`tiny`) for one that a CPU does in seconds.
 
     Parity first, then what the bars ask for, then what explains it: a cut-off loses the least. A
-    stage's own limit is what it should take twice over; `timeout_s` is the most of any.
+    stage's own limit is what it should take twice over on a card; `timeout_s` is the most of any.
     """
     cores = cores or os.cpu_count() or 1
     jobs = 1 if tiny else max(1, min(_MOST_JOBS, cores // 2))
@@ -78,7 +78,7 @@ def plan_stages(
     def stage(name: str, limit_s: float, module: str, *more: str, needs: str = "") -> Stage:
         proofs = ("kernels/shared", f"kernels/{needs}", f"model/{needs}") if needs else ()
         command = (python, "-m", module, *more, *on_device)
-        return Stage(name, command, min(limit_s, timeout_s), proofs)
+        return Stage(name, command, timeout_s if tiny else min(limit_s, timeout_s), proofs)
 
     def fused(what: str, limit_s: float, *more: str) -> Iterator[Stage]:
         for weight_type in WEIGHT_TYPES:

@@ -31,6 +31,7 @@ class Compiled:
     wide_loads_in_flight   loads of 16 bytes that one thread waits for at once
     bytes_in_flight        that one thread waits for at once
     has_dot                whether it uses tl.dot
+    matrix_instructions    of the matrix units, in its loop: "16 HMMA"; "" where there are none
     bytes_moved, _minimum  of a launch at GPT-J-6B's sizes, as CompileCase counts them
     """
 
@@ -47,6 +48,7 @@ class Compiled:
     wide_loads_in_flight: int = 0
     bytes_in_flight: int = 0
     has_dot: bool = False
+    matrix_instructions: str = ""
     error: str | None = None
 
 

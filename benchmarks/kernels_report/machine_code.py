@@ -1,4 +1,4 @@
-"""Reads what the assembler made: resource usage, and the global loads that wait at once."""
+"""Reads what the assembler made: resource usage, the global loads that wait at once, products."""
 
 from __future__ import annotations
 
@@ -77,6 +77,20 @@ def loads_in_flight(sass: str) -> LoadsInFlight:
             wide = max(wide, sum(size == 16 for size in sizes))
             num_bytes = max(num_bytes, sum(sizes))
     return LoadsInFlight(wide, num_bytes)
+
+
+# Ampere's, and Hopper's for a group of four warps. Others are integer's, and not used here.
+_MATRIX = ("HMMA", "HGMMA")
+
+
+def matrix_instructions(sass: str) -> str:
+    """Those of the matrix units, of `nvdisasm -c`, "16 HMMA": in its loops, or anywhere else."""
+    lines = list(_lines(sass))
+    in_loop = _inside_loops(lines)
+    counted = [line for line, counts in zip(lines, in_loop, strict=True) if counts] or lines
+    names = [line.operation.split(".")[0] for line in counted]
+    found = [f"{names.count(name)} {name}" for name in _MATRIX if name in names]
+    return ", ".join(found)
 
 
 @dataclass(frozen=True, slots=True)

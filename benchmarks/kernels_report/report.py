@@ -22,6 +22,7 @@ _COLUMNS = (
     "16 B loads",
     "KiB in flight",
     "KiB needed",
+    "matrix units",
     "moved / minimum",
 )
 
@@ -30,8 +31,9 @@ Compiled ahead of time, without a card, at GPT-J-6B's sizes. *resident warps*: o
 by calculation, with what limits them. *16 B loads*: loads of 16 bytes that one thread waits for at
 once, in its loop. *KiB in flight*: bytes that all resident programs of a multiprocessor wait for at
 once. *KiB needed*: by Little's law, the card's datasheet bandwidth times {latency:.1f} microseconds
-of latency, for one multiprocessor. *moved / minimum*: bytes that all programs ask for, over bytes
-that no launch could do without; what is asked for more than once comes from a cache."""
+of latency, for one multiprocessor. *matrix units*: their instructions in its loop. *moved /
+minimum*: bytes that all programs ask for, over bytes that no launch could do without; what is asked
+for more than once comes from a cache."""
 
 
 def problems(compiled: Iterable[Compiled]) -> list[str]:
@@ -47,6 +49,8 @@ def problems(compiled: Iterable[Compiled]) -> list[str]:
             found.append(f"{where}: spills {one.stack} bytes a thread to the stack")
         if one.has_dot and one.capability < _FIRST_WITH_DOT:
             found.append(f"{where}: a tl.dot, which sm_{one.capability} computes on the stack")
+        elif one.has_dot and not one.matrix_instructions:
+            found.append(f"{where}: a tl.dot, and no instruction of the matrix units")
         if one.shared > limit:
             found.append(f"{where}: {one.shared} bytes of shared memory, limit {limit}")
         elif not occupancy(one.capability, one.num_warps, one.registers, one.shared).blocks:
@@ -99,6 +103,7 @@ def _cells(one: Compiled) -> list[str]:
         str(one.wide_loads_in_flight),
         f"{in_flight_bytes(one) / KIB:.1f}",
         f"{needed_bytes(one.capability) / KIB:.1f}",
+        one.matrix_instructions or "-",
         f"{one.bytes_moved / one.bytes_minimum:.3f}",
     ]
 

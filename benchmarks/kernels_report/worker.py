@@ -17,11 +17,15 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from gptjet.benchmarks.kernels_report.machine_code import loads_in_flight, parse_usage
+from gptjet.benchmarks.kernels_report.machine_code import (
+    loads_in_flight,
+    matrix_instructions,
+    parse_usage,
+)
 from gptjet.kernels.gpu.compile_case import CAPABILITIES, MODULES, CompileCase
 
 # Of what this module and machine_code.py make of a compiled kernel: raise it when they change.
-_FORMAT = 1
+_FORMAT = 2
 _TOOL_TIMEOUT_S = 60
 
 
@@ -73,7 +77,8 @@ def compile_case(module: str, name: str, capability: int) -> dict[str, Any]:
         cubin.write(compiled.asm["cubin"])
         cubin.flush()
         usage = parse_usage(_run(knobs.nvidia.cuobjdump.path, "-res-usage", cubin.name))
-        loads = loads_in_flight(_run(knobs.nvidia.nvdisasm.path, "-c", cubin.name))
+        sass = _run(knobs.nvidia.nvdisasm.path, "-c", cubin.name)
+    loads = loads_in_flight(sass)
     return {
         "registers": usage.registers,
         "stack": usage.stack + usage.local,
@@ -81,6 +86,7 @@ def compile_case(module: str, name: str, capability: int) -> dict[str, Any]:
         "wide_loads_in_flight": loads.wide,
         "bytes_in_flight": loads.num_bytes,
         "has_dot": "tt.dot" in compiled.asm["ttir"],
+        "matrix_instructions": matrix_instructions(sass),
     }
 
 

@@ -11,10 +11,11 @@ import torch
 from gptjet.benchmarks.tune.search import RefusedTileError
 from gptjet.kernels import reference
 from gptjet.kernels.gpu.compile_case import GPT_J_6B
+from gptjet.kernels.gpu.dot_linear import dot_linear
 from gptjet.kernels.gpu.gelu_linear_residual import gelu_linear_residual
 from gptjet.kernels.gpu.gemv_launch import Workspace, capability_of, workspace_needs
 from gptjet.kernels.gpu.layer_norm_linear import layer_norm_linear
-from gptjet.kernels.gpu.tuning import Launch, Tile
+from gptjet.kernels.gpu.tuning import DOT_LINEAR, Launch, Tile
 from gptjet.kernels.weights import DenseWeight, Int4Weight, Int8Weight, Weight
 
 # More than the largest second-level cache (H100: 50 MB) by far, so that weights come from memory.
@@ -39,10 +40,19 @@ class LaunchTensors:
         self._launch = launch
         self._device = device
         first = self._weight()
-        count = max(1, -(-working_set_bytes // _num_bytes(first)))
+        count = max(1, -(-working_set_bytes // stored_bytes(first)))
         self.weights = [first, *(self._weight() for _ in range(count - 1))]
         self._is_first_pass = launch.kernel == "layer_norm_linear"
-        if self._is_first_pass:
+        self._is_dot = launch.kernel == DOT_LINEAR
+        # As a model launches it: W_out alone has more features than outputs.
+        self._is_added = launch.kernel == "gelu_linear_residual" or (self._is_dot and k > n)
+        if self._is_dot:
+            self._x = torch.randn(rows, k, device=device).half()
+            wide = self._is_added or n == GPT_J_6B.vocab_size
+            dtype = torch.float32 if wide else torch.float16
+            self._out = torch.empty(rows, n, dtype=dtype, device=device)
+            self._expected = reference.linear(self._x.float(), first)
+        elif self._is_first_pass:
             self._x = torch.randn(rows, k, device=device)
             self._gain, self._offset = torch.randn(2, k, device=device)
             # Logits are float32; what a block projects is float16.
@@ -63,7 +73,11 @@ class LaunchTensors:
 
     def run(self, weight: Weight, tile: Tile, workspace: Workspace) -> None:
         """One launch."""
-        if self._is_first_pass:
+        if self._is_dot:
+            dot_linear(
+                self._x, weight, self._out, add=self._is_added, workspace=workspace, tile=tile
+            )
+        elif self._is_first_pass:
             layer_norm_linear(
                 self._x,
                 self._gain,
@@ -89,25 +103,31 @@ class LaunchTensors:
 
     def difference(self, tile: Tile, workspace: Workspace) -> tuple[float, float]:
         """(largest difference from the reference, limit), of the first weight."""
-        self._out.fill_(0 if not self._is_first_pass else float("nan"))
+        self._out.fill_(0 if self._is_added else float("nan"))
         self.run(self.weights[0], tile, workspace)
         difference = float((self._out.float() - self._expected).abs().max())
         return difference, _TOLERANCE * float(self._expected.abs().max())
 
     def _weight(self) -> Weight:
-        n, k, device = self._launch.n, self._launch.k, self._device
-        bias = torch.randn(n, device=device)
-        if self._launch.weight_type == "fp16":
-            return DenseWeight((torch.randn(n, k, device=device) * k**-0.5).half(), bias)
-        if self._launch.weight_type == "int8":
-            levels = torch.randint(-127, 128, (n, k), dtype=torch.int8, device=device)
-            return Int8Weight(levels, torch.rand(n, device=device) / (64 * k**0.5), bias)
-        packed = torch.randint(0, 256, (n, k // 2), dtype=torch.uint8, device=device)
-        scale = (torch.randn(n, -(-k // 128), device=device) / (4 * k**0.5)).half()
-        return Int4Weight(packed, scale, k, bias=bias)
+        launch = self._launch
+        return make_weight(launch.weight_type, launch.n, launch.k, self._device)
 
 
-def _num_bytes(weight: Weight) -> int:
+def make_weight(kind: str, n: int, k: int, device: torch.device) -> Weight:
+    """A random weight: "fp16", "int8" or "int4", of random levels."""
+    bias = torch.randn(n, device=device)
+    if kind == "fp16":
+        return DenseWeight((torch.randn(n, k, device=device) * k**-0.5).half(), bias)
+    if kind == "int8":
+        levels = torch.randint(-127, 128, (n, k), dtype=torch.int8, device=device)
+        return Int8Weight(levels, torch.rand(n, device=device) / (64 * k**0.5), bias)
+    packed = torch.randint(0, 256, (n, k // 2), dtype=torch.uint8, device=device)
+    scale = (torch.randn(n, -(-k // 128), device=device) / (4 * k**0.5)).half()
+    return Int4Weight(packed, scale, k, bias=bias)
+
+
+def stored_bytes(weight: Weight) -> int:
+    """Of its values, scales and bias left out."""
     if isinstance(weight, DenseWeight):
         return weight.weight.nbytes
     return weight.quantized.nbytes if isinstance(weight, Int8Weight) else weight.packed.nbytes
@@ -156,10 +176,11 @@ class CudaCard:
             for weight in tensors.weights:
                 tensors.run(weight, tile, workspace)
 
-        return _graph_seconds(all_weights) / len(tensors.weights)
+        return replay_seconds(all_weights) / len(tensors.weights)
 
 
-def _graph_seconds(work: Callable[[], None]) -> float:
+def replay_seconds(work: Callable[[], None]) -> float:
+    """Median time of some replays of a CUDA graph of `work`, which has run before."""
     graph: Any = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         work()

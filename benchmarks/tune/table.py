@@ -24,6 +24,8 @@ def render(entries: Iterable[Entry]) -> str:
     lines = []
     for entry in sorted(entries, key=lambda entry: _order(entry.launch)):
         values = {**asdict(entry.launch), **asdict(entry.tile), "source": entry.source}
+        if not entry.tile.block_m:
+            del values["block_m"]
         # A JSON string or number is a TOML one.
         pairs = ", ".join(
             f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in values.items()

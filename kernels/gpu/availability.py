@@ -113,16 +113,21 @@ def check_capability(capability: int, name: str) -> str | None:
 def check_launch(device: torch.device) -> None:
     """Compile and launch the smallest kernel. Raises KernelsUnavailableError with what failed."""
     try:
-        from gptjet.kernels.gpu.embedding import embed
-
-        ids = torch.zeros(1, dtype=torch.int32, device=device)
-        row = torch.zeros(1, 16, device=device)
-        embed(ids, ids - 1, ids, torch.ones(1, 16, dtype=torch.float16, device=device), row)
-        computed = bool((row == 1).all())
+        computed = bool((launch_smallest(device) == 1).all())
     except Exception as error:
         raise KernelsUnavailableError(explain(error)) from error
     if not computed:
         raise KernelsUnavailableError("a kernel was launched on the card and computed nothing")
+
+
+def launch_smallest(device: torch.device) -> torch.Tensor:
+    """Launch the smallest kernel: float32 ones, where it computes. Raises what Triton raises."""
+    from gptjet.kernels.gpu.embedding import embed
+
+    ids = torch.zeros(1, dtype=torch.int32, device=device)
+    row = torch.zeros(1, 16, device=device)
+    embed(ids, ids - 1, ids, torch.ones(1, 16, dtype=torch.float16, device=device), row)
+    return row
 
 
 def explain(error: BaseException) -> str:

@@ -119,6 +119,11 @@ class _CudaTransfer:
         self._event.synchronize()
 
 
+def transfers_for(device: torch.device) -> Transfers:
+    """Pinned memory where the device is a card."""
+    return CudaTransfers(device) if device.type == "cuda" else CpuTransfers()
+
+
 class RowBuffers:
     """The buffer on the device, and two on the host that take turns.
 

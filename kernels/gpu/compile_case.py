@@ -27,7 +27,9 @@ GPT_J_6B = BlockGeometry(
 """The geometry whose launches are compiled."""
 
 MODULES: tuple[str, ...] = (
+    "copy_blocks",
     "dequantize",
+    "dot_linear",
     "embedding",
     "gelu_linear_residual",
     "layer_norm_linear",

@@ -95,18 +95,32 @@ def _signature(
     pointers: Mapping[str, str],
     constexprs: Mapping[str, object],
 ) -> dict[str, str]:
-    types = {
+    types = {**pointers_of(weight_type), **pointers}
+    return {
+        argument: "constexpr" if argument in constexprs else types.get(argument, "i32")
+        for argument in kernel.arg_names
+    }
+
+
+def pointers_of(weight_type: str) -> dict[str, str]:
+    """Types of the pointers to a weight, its bias and a workspace."""
+    return {
         "weight_ptr": _VALUES[weight_type],
         "scale_ptr": _SCALES[weight_type],
         "bias_ptr": "*fp32",
         "partial_ptr": "*fp32",
         "arrivals_ptr": "*i32",
-        **pointers,
     }
-    return {
-        argument: "constexpr" if argument in constexprs else types.get(argument, "i32")
-        for argument in kernel.arg_names
-    }
+
+
+def weight_num_bytes(weight_type: str, n: int, k: int) -> int:
+    """Of a weight, its scales and its bias."""
+    weights = int(n * k * WEIGHT_TYPES[weight_type]) + 4 * n
+    if weight_type == "int8":
+        weights += 4 * n
+    elif weight_type == "int4":
+        weights += 2 * n * math.ceil(k / INT4_GROUP)
+    return weights
 
 
 def _bytes(
@@ -119,11 +133,7 @@ def _bytes(
     out_bytes: int,
 ) -> dict[str, int]:
     n, k = shape
-    weights = int(n * k * WEIGHT_TYPES[weight_type]) + 4 * n
-    if weight_type == "int8":
-        weights += 4 * n
-    elif weight_type == "int4":
-        weights += 2 * n * math.ceil(k / INT4_GROUP)
+    weights = weight_num_bytes(weight_type, n, k)
     outputs = rows * n * out_bytes
     programs = tile.chunks(n) * tile.split_k
     beside = programs * rows * (program_bytes + feature_bytes * tile.block_k)

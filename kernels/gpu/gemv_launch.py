@@ -6,13 +6,15 @@ Imports no Triton: the model aligns its weights and allocates with it before it 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import torch
 
-from gptjet.kernels.gpu.tuning import Tile, choose_tile
+from gptjet.kernels.gpu.tuning import DOT_LINEAR, DOT_ROWS, Tile, choose_tile
 from gptjet.kernels.weights import DenseWeight, Int4Weight, Int8Weight, Weight
 
 MAX_ROWS = 8
@@ -21,14 +23,17 @@ MAX_ROWS = 8
 ROW_BYTES = 16
 """A row of weights starts at a multiple of this, so that it is read in loads of that size."""
 
+SMALLEST_DOT_GROUP = 64
+"""Features of an INT4 group that dot_linear takes: an instruction's 16, of every fourth one."""
+
 EXPONENT = 0x4B000000
 """The bits of 2^23 in float32: see gemv.py."""
 
 # TRITON_MAX_TENSOR_NUMEL: a tile's products with all rows are one tensor.
 _MOST_ELEMENTS = 1 << 20
 
-# The interpreter runs on no card; it takes the tiles of the smallest one.
-_INTERPRETED_CAPABILITY = 75
+# Of devices that are no card. The interpreter takes the tiles of the smallest one.
+_assumed: ContextVar[int] = ContextVar("assumed capability", default=75)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,12 +71,26 @@ class Workspace:
                 elements, chunks = max(elements, needed[0]), max(chunks, needed[1])
         return cls.allocate(device, elements, chunks)
 
+    @classmethod
+    def for_dot(
+        cls, device: torch.device | str, passes: Iterable[tuple[int, Weight]], capability: int
+    ) -> Self:
+        """One for launches of dot_linear over (rows, weight), with that many rows or fewer."""
+        elements = chunks = 0
+        for rows, n, k, kind in {(rows, *w.shape, weight_type(w)) for rows, w in passes}:
+            for most in (*(each for each in DOT_ROWS if each < rows), rows):
+                tile = choose_tile(DOT_LINEAR, capability, most, n, k, kind)
+                needed = workspace_needs(most, n, tile)
+                elements, chunks = max(elements, needed[0]), max(chunks, needed[1])
+        return cls.allocate(device, elements, chunks)
+
 
 def workspace_needs(rows: int, n: int, tile: Tile) -> tuple[int, int]:
     """(elements, chunks) of the workspace of a launch: none where nothing is shared."""
     if tile.split_k == 1:
         return 0, 0
-    return tile.split_k * rows * n, tile.chunks(n)
+    row_blocks = -(-rows // tile.block_m) if tile.block_m else 1
+    return tile.split_k * rows * n, row_blocks * tile.chunks(n)
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,11 +187,21 @@ def _aligned(values: torch.Tensor) -> torch.Tensor:
 
 
 def capability_of(device: torch.device) -> int:
-    """80 for 8.0. Of the smallest card for a CPU, where kernels are interpreted."""
+    """80 for 8.0. Of another device the assumed one, by default the smallest card's."""
     if device.type != "cuda":
-        return _INTERPRETED_CAPABILITY
+        return _assumed.get()
     index = torch.cuda.current_device() if device.index is None else device.index
     return _capability(index)
+
+
+@contextmanager
+def assume_capability(capability: int) -> Iterator[None]:
+    """Within it, devices that are no card count as cards of that capability (75 for sm_75)."""
+    token = _assumed.set(capability)
+    try:
+        yield
+    finally:
+        _assumed.reset(token)
 
 
 @functools.lru_cache(maxsize=64)

@@ -2,9 +2,7 @@
 
 A pass goes one of two ways.
 
-    rows      a token or a few of each sequence (decoding, drafts): at most `max_rows` rows, padded
-              up to a bucket, over buffers that never move, launched kernel by kernel or replayed as
-              a CUDA graph; its weight passes read the weights once for eight rows (routes)
+    rows      a token or a few of each sequence (decoding, drafts), at most `max_rows`: row_pass
     prefill   everything else: prompts and their chunks
 
 The residual stream is float32, everything else float16; kernels compute in float32.
@@ -12,44 +10,32 @@ The residual stream is float32, everything else float16; kernels compute in floa
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterable, Iterator
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from gptjet.kernels import reference
-from gptjet.kernels.batch import BLOCK_SIZE, ForwardBatch
 from gptjet.kernels.gpu import graphs
-from gptjet.kernels.gpu.buffers import (
-    CpuTransfers,
-    CudaTransfers,
-    IdReader,
-    RowBuffers,
-    RowInputs,
-    SampledIds,
-    Transfers,
-)
+from gptjet.kernels.gpu.block_copier import BlockCopier
+from gptjet.kernels.gpu.buffers import SampledIds, transfers_for
 from gptjet.kernels.gpu.gemv_launch import MAX_ROWS, Workspace, align_rows, capability_of
-from gptjet.kernels.gpu.graphs import BucketedPass, CaptureError, Recorder, bucket_for, row_buckets
+from gptjet.kernels.gpu.graphs import Recorder
 from gptjet.kernels.gpu.matmul import Matmul
 from gptjet.kernels.gpu.prefill_attention import prefill_attention, spans_of
 from gptjet.kernels.gpu.routes import max_gemv_rows
+from gptjet.kernels.gpu.row_pass import RowPass
+from gptjet.kernels.gpu.weight_passes import WeightPasses
 from gptjet.kernels.weights import DenseWeight, Int8Weight
 
 if TYPE_CHECKING:
-    from gptjet.kernels.batch import BlockGeometry, SamplingBatch
+    from gptjet.kernels.batch import BlockGeometry, ForwardBatch, SamplingBatch
     from gptjet.kernels.gpu.operations import Operations
     from gptjet.kernels.weights import HeadWeights, LayerWeights, Weight
-
-# (draws, filters) of a step: each is a graph of its own, of the launches that it needs.
-_SAMPLING_KINDS = ((False, False), (True, False), (True, True))
-
-# Of the largest logit: some roundings of float16.
-_REPLAY_TOLERANCE = 2.0**-7
 
 
 class GpuModel:
@@ -72,7 +58,6 @@ class GpuModel:
         """
         self.geometry = geometry
         self.max_rows = max(max_rows, MAX_ROWS)
-        self.buckets = row_buckets(self.max_rows)
         self._operations = operations
         head = replace(head, lm_head=align_rows(head.lm_head))
         self._head: HeadWeights | None = head
@@ -87,40 +72,25 @@ class GpuModel:
         for weight in weights:
             _check_weight(weight)
         capability = capability_of(self.device)
-        self._max_gemv_rows = min(max_gemv_rows(weight, capability) for weight in weights)
-        self._matmul = Matmul(operations.dequantize_rows, weights, self.device)
+        gemv_rows = min(max_gemv_rows(weight, capability) for weight in weights)
+        matmul = Matmul(operations, weights, self.device)
         self._cos, self._sin = reference.rotary_tables(
             geometry.max_context, geometry.rotary_dim, self.device
         )
-        transfers: Transfers = CpuTransfers()
-        if self.device.type == "cuda":
-            transfers = CudaTransfers(self.device)
-        self._inputs = RowBuffers(self.max_rows, _table_width(geometry), self.device, transfers)
-        self._views: dict[int, RowInputs] = {}
-        self._buffers = _Buffers(geometry, self.max_rows, self.device)
-        self._attention_workspace = torch.empty(
-            operations.attention_workspace(
-                self.max_rows,
-                geometry.num_heads,
-                geometry.head_dim,
-                _table_width(geometry),
-                capability,
-            ),
-            device=self.device,
+        workspace = Workspace.for_weights(self.device, self._passes(), MAX_ROWS)
+        self._weight_passes = WeightPasses(operations, matmul, workspace, gemv_rows)
+        self._row_pass = RowPass(
+            geometry,
+            head,
+            self._layers,
+            operations,
+            self._weight_passes,
+            (self._cos, self._sin),
+            max_rows=self.max_rows,
         )
-        self._workspace = Workspace.for_weights(self.device, self._passes(), MAX_ROWS)
-        self._sampling_memory = operations.sampling_memory(
-            self.max_rows, geometry.vocab_size, self.device
-        )
-        self._ids = IdReader(self.max_rows, transfers)
-        self._logits_pass = BucketedPass(self._launch_logits)
-        self._sampling_passes = {
-            kind: BucketedPass(functools.partial(self._launch_sampling, kind))
-            for kind in _SAMPLING_KINDS
-        }
-        # The KV cache that the next launch writes to, and the one that graphs were recorded over.
-        self._kv_cache: torch.Tensor | None = None
-        self._recorded_cache: torch.Tensor | None = None
+        self.buckets = self._row_pass.buckets
+        transfers = transfers_for(self.device)
+        self._copier = BlockCopier(operations.copy_blocks, self.device, transfers)
 
     @property
     def nbytes(self) -> int:
@@ -133,9 +103,7 @@ class GpuModel:
             tensors += [layer.norm_weight, layer.norm_bias]
             tensors += [*_tensors_of(layer.w_in), *_tensors_of(layer.w_out)]
         by_storage = {tensor.untyped_storage().data_ptr(): tensor.nbytes for tensor in tensors}
-        buffers = self._matmul.nbytes + self._buffers.nbytes + self._attention_workspace.nbytes
-        buffers += _nbytes(self._sampling_memory)
-        buffers += self._workspace.partials.nbytes + self._workspace.arrivals.nbytes
+        buffers = self._weight_passes.nbytes + self._row_pass.nbytes + self._copier.nbytes
         return sum(by_storage.values()) + buffers
 
     def reserved_bytes(self, max_tokens: int, *, graphs_wanted: bool) -> int:
@@ -164,7 +132,7 @@ class GpuModel:
         with self._on_device():
             if not self._is_row_pass(batch):
                 return self._prefill(batch, kv_cache, self._head)
-            logits = self._rows(batch, kv_cache)
+            logits = self._row_pass.logits(batch, kv_cache)
             wanted = batch.logits_rows
             # A copy, as the buffer is the next pass's too.
             if np.array_equal(wanted.numpy(), np.arange(logits.shape[0])):
@@ -183,14 +151,23 @@ class GpuModel:
         """
         if self._head is None:
             raise ValueError("the model is closed")
-        rows = batch.token_ids.shape[0]
-        bucket = bucket_for(rows, self.buckets)
         with self._on_device():
-            self._inputs.fill(batch, bucket, sampling)
-            self._run(self._logits_pass, bucket, kv_cache)
-            kind = (sampling.draws, sampling.filters)
-            self._run(self._sampling_passes[kind], bucket, kv_cache)
-            return self._ids.start(self._buffers.sampled[:rows])
+            return self._row_pass.sample(batch, sampling, kv_cache)
+
+    @torch.no_grad()
+    def launch_each(self, kv_cache: torch.Tensor) -> None:
+        """Launch every row pass once, over whatever is in the buffers: for the launches' sake."""
+        with self._on_device():
+            self._row_pass.launch_each(kv_cache)
+
+    @torch.no_grad()
+    def copy_blocks(self, copies: Sequence[tuple[int, int]], kv_cache: torch.Tensor) -> None:
+        """Copy (source, destination) blocks, all sources before any destination is written.
+
+        Returns once it is launched. Raises ValueError where blocks would have to change places.
+        """
+        with self._on_device():
+            self._copier.copy(kv_cache, copies)
 
     def capture(
         self,
@@ -204,127 +181,30 @@ class GpuModel:
         bucket once it is done. Raises CaptureError, and launches everything as before, where one
         cannot be recorded or does not replay what it does when it is launched.
         """
-        self.forget_graphs()
-        try:
-            for bucket in reversed(self.buckets):
-                self._capture(bucket, kv_cache, recorder)
-                if on_bucket is not None:
-                    on_bucket(bucket)
-        except CaptureError:
-            self.forget_graphs()
-            raise
-        self._recorded_cache = kv_cache
+        with torch.no_grad(), self._on_device():
+            self._row_pass.capture(kv_cache, recorder, on_bucket)
 
     @property
     def recorded_buckets(self) -> tuple[int, ...]:
         """Numbers of rows that are replayed as graphs."""
-        return self._logits_pass.recorded
+        return self._row_pass.recorded_buckets
 
     def forget_graphs(self) -> None:
         """Launch every pass from now on."""
-        for steps in (self._logits_pass, *self._sampling_passes.values()):
-            steps.forget()
-        self._recorded_cache = None
+        self._row_pass.forget_graphs()
 
     def close(self) -> None:
         """Give the memory back. Nothing is computed afterwards; twice is fine."""
-        self.forget_graphs()
+        self._row_pass.close()
         self._head = None
         self._layers.clear()
-        self._views.clear()
-        self._kv_cache = None
-        self._matmul = Matmul(self._operations.dequantize_rows, [], self.device)
-        self._buffers = _Buffers(self.geometry, 0, self.device)
-        self._attention_workspace = self._attention_workspace.new_empty(0)
-        self._workspace = Workspace.allocate(self.device, 0, 0)
-        self._sampling_memory = None
-
-    # --- rows ---
+        self._weight_passes.close()
 
     def _is_row_pass(self, batch: ForwardBatch) -> bool:
         tokens, sequences = batch.token_ids.shape[0], batch.block_tables.shape[0]
         # One token each of any number of sequences; of more than one each, only as many as a GEMV
         # kernel takes: the attention of a row pass reads a sequence's KV for every row anew.
         return tokens <= self.max_rows and (tokens == sequences or tokens <= MAX_ROWS)
-
-    def _rows(self, batch: ForwardBatch, kv_cache: torch.Tensor) -> torch.Tensor:
-        rows = batch.token_ids.shape[0]
-        bucket = bucket_for(rows, self.buckets)
-        self._inputs.fill(batch, bucket)
-        self._run(self._logits_pass, bucket, kv_cache)
-        return self._buffers.logits[:rows]
-
-    def _run(self, steps: BucketedPass, bucket: int, kv_cache: torch.Tensor) -> None:
-        self._kv_cache = kv_cache
-        is_recorded = self._recorded_cache is not None and _is_same(self._recorded_cache, kv_cache)
-        steps.run(bucket, replay=is_recorded)
-
-    def _launch_logits(self, bucket: int) -> None:
-        """Launch everything from the tokens of the first `bucket` rows to their logits."""
-        head, kv_cache, run = self._head, self._kv_cache, self._operations
-        assert head is not None
-        assert kv_cache is not None
-        inputs, buffers = self._view(bucket), self._buffers
-        residual, projected = buffers.residual[:bucket], buffers.projected[:bucket]
-        queries, attended = buffers.queries[:bucket], buffers.attended[:bucket]
-        where = (inputs.positions, inputs.sequence_index, inputs.block_tables)
-        inner = projected[:, 3 * attended.shape[1] :]
-        run.embed(inputs.token_ids, inputs.sources, buffers.sampled, head.embedding, residual)
-        for layer, cache in zip(self._layers, kv_cache, strict=True):
-            self._first_pass(residual, layer.norm_weight, layer.norm_bias, layer.w_in, projected)
-            run.rotary_write_kv(projected, self._cos, self._sin, *where, cache, queries)
-            run.paged_attention(
-                queries, cache, *where, attended, workspace=self._attention_workspace
-            )
-            self._second_pass(residual, attended, inner, layer.w_out)
-        logits = buffers.logits[:bucket]
-        self._first_pass(residual, head.norm_weight, head.norm_bias, head.lm_head, logits)
-
-    def _launch_sampling(self, kind: tuple[bool, bool], bucket: int) -> None:
-        """Launch the choice of an id from the logits of the first `bucket` rows."""
-        draws, filters = kind
-        self._operations.sample(
-            self._buffers.logits[:bucket],
-            self._view(bucket).sampling,
-            self._buffers.sampled[:bucket],
-            draws=draws,
-            filters=filters,
-            workspace=self._sampling_memory,
-        )
-
-    def _first_pass(
-        self,
-        residual: torch.Tensor,
-        norm_weight: torch.Tensor,
-        norm_bias: torch.Tensor,
-        weight: Weight,
-        out: torch.Tensor,
-    ) -> None:
-        eps = self.geometry.layer_norm_eps
-        if residual.shape[0] > self._max_gemv_rows:
-            self._matmul.layer_norm_linear(residual, norm_weight, norm_bias, eps, weight, out)
-            return
-        for part in _gemv_parts(residual.shape[0]):
-            self._operations.layer_norm_linear(
-                residual[part],
-                norm_weight,
-                norm_bias,
-                eps,
-                weight,
-                out[part],
-                workspace=self._workspace,
-            )
-
-    def _second_pass(
-        self, residual: torch.Tensor, attended: torch.Tensor, inner: torch.Tensor, weight: Weight
-    ) -> None:
-        if residual.shape[0] > self._max_gemv_rows:
-            self._matmul.gelu_linear_residual(residual, attended, inner, weight)
-            return
-        for part in _gemv_parts(residual.shape[0]):
-            self._operations.gelu_linear_residual(
-                residual[part], attended[part], inner[part], weight, workspace=self._workspace
-            )
 
     def _passes(self) -> Iterator[tuple[str, Weight]]:
         """The weight passes by the name of their kernel."""
@@ -333,33 +213,6 @@ class GpuModel:
             yield "gelu_linear_residual", layer.w_out
         if self._head is not None:
             yield "layer_norm_linear", self._head.lm_head
-
-    def _view(self, bucket: int) -> RowInputs:
-        if bucket not in self._views:
-            self._views[bucket] = self._inputs.views(bucket)
-        return self._views[bucket]
-
-    # --- graphs ---
-
-    def _capture(self, bucket: int, kv_cache: torch.Tensor, recorder: Recorder) -> None:
-        """Record one bucket, and hold its replay to what the launches compute."""
-        with torch.no_grad(), self._on_device():
-            self._kv_cache = kv_cache
-            self._inputs.fill(_probe(self.geometry, bucket, kv_cache.shape[2]), bucket)
-            self._launch_logits(bucket)
-            launched = self._buffers.logits[:bucket].clone()
-            self._logits_pass.record(bucket, recorder)
-            self._buffers.logits.fill_(torch.nan)
-            self._logits_pass.run(bucket)
-            if not _is_near(self._buffers.logits[:bucket], launched):
-                raise CaptureError(f"the graph of {bucket} rows does not replay what was launched")
-            likeliest = self._buffers.logits[:bucket].argmax(1)
-            for steps in self._sampling_passes.values():
-                steps.record(bucket, recorder)
-                self._buffers.sampled.fill_(-2)
-                steps.run(bucket)  # every row of the probe is greedy
-                if not torch.equal(self._buffers.sampled[:bucket].long(), likeliest):
-                    raise CaptureError(f"the graph that samples {bucket} rows chose other ids")
 
     def _on_device(self) -> AbstractContextManager[object]:
         return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
@@ -379,20 +232,22 @@ class GpuModel:
         queries = projected.new_empty(tokens, sizes.num_heads, sizes.head_dim)
         attended = projected.new_empty(tokens, width)
         inner = projected[:, 3 * width :]
-        eps = sizes.layer_norm_eps
+        matmul, eps = self._weight_passes.matmul, sizes.layer_norm_eps
         for layer, cache in zip(self._layers, kv_cache, strict=True):
-            self._matmul.layer_norm_linear(
+            matmul.layer_norm_linear(
                 residual, layer.norm_weight, layer.norm_bias, eps, layer.w_in, projected
             )
             run.rotary_write_kv(
                 projected, self._cos, self._sin, positions, index, tables, cache, queries
             )
             prefill_attention(queries, cache, spans, attended)
-            self._matmul.gelu_linear_residual(residual, attended, inner, layer.w_out)
+            matmul.gelu_linear_residual(residual, attended, inner, layer.w_out)
         rows = residual[wanted]
         logits = rows.new_empty(rows.shape[0], sizes.vocab_size)
         # Usually the last row of each prompt: few rows are the kernels' again.
-        self._first_pass(rows, head.norm_weight, head.norm_bias, head.lm_head, logits)
+        self._weight_passes.layer_norm_linear(
+            rows, head.norm_weight, head.norm_bias, eps, head.lm_head, logits
+        )
         return logits
 
     def _send(self, batch: ForwardBatch) -> list[torch.Tensor]:
@@ -404,73 +259,17 @@ class GpuModel:
             batch.block_tables.flatten(),
             batch.logits_rows,
         ]
+        # Each begins at a multiple of 16 bytes, as kernels are compiled for pointers that do.
+        starts = list(itertools.accumulate((-(-p.numel() // 4) * 4 for p in parts), initial=0))
+        host = torch.zeros(starts[-1], dtype=torch.int32)
+        for start, part in zip(starts, parts, strict=False):
+            host[start : start + part.numel()] = part
         # One buffer, pinned by nobody: torch waits for a copy out of pageable memory, which is
         # nothing beside a prefill, and the runner may then write its arrays anew.
-        together = torch.cat(parts).to(self.device)
-        sent = list(torch.split(together, [part.numel() for part in parts]))
+        together = host.to(self.device)
+        sent = [together[s : s + p.numel()] for s, p in zip(starts, parts, strict=False)]
         sent[3] = sent[3].view(batch.block_tables.shape)
         return sent
-
-
-class _Buffers:
-    """What a row pass writes between its kernels, and what it leaves."""
-
-    def __init__(self, geometry: BlockGeometry, rows: int, device: torch.device) -> None:
-        width = geometry.num_heads * geometry.head_dim
-
-        def floats(*shape: int, dtype: torch.dtype) -> torch.Tensor:
-            # zeros: what a padding row holds goes through the weights and must be finite
-            return torch.zeros(rows, *shape, dtype=dtype, device=device)
-
-        half = torch.float16
-        self.residual = floats(geometry.hidden_size, dtype=torch.float32)
-        self.projected = floats(3 * width + geometry.inner_size, dtype=half)
-        self.queries = floats(geometry.num_heads, geometry.head_dim, dtype=half)
-        self.attended = floats(width, dtype=half)
-        self.logits = floats(geometry.vocab_size, dtype=torch.float32)
-        self.sampled = floats(dtype=torch.int32)
-
-    @property
-    def nbytes(self) -> int:
-        return sum(tensor.nbytes for tensor in vars(self).values())
-
-
-def _probe(geometry: BlockGeometry, bucket: int, num_blocks: int) -> ForwardBatch:
-    """First tokens of as many sequences as there are blocks for, which read nobody's KV."""
-    rows = min(bucket, num_blocks)
-    count = torch.arange(rows, dtype=torch.int32)
-    return ForwardBatch(
-        token_ids=count % geometry.vocab_size,
-        positions=torch.zeros_like(count),
-        sequence_index=count,
-        block_tables=count[:, None].clone(),
-        logits_rows=count,
-    )
-
-
-def _gemv_parts(rows: int) -> list[slice]:
-    return [slice(first, min(first + MAX_ROWS, rows)) for first in range(0, rows, MAX_ROWS)]
-
-
-def _table_width(geometry: BlockGeometry) -> int:
-    return -(-geometry.max_context // BLOCK_SIZE)
-
-
-def _is_near(replayed: torch.Tensor, launched: torch.Tensor) -> bool:
-    """Equal but for rounding: on another stream cuBLAS may sum in another order."""
-    limit = float(launched.abs().max()) * _REPLAY_TOLERANCE
-    return bool(((replayed - launched).abs() <= limit).all())
-
-
-def _nbytes(memory: object) -> int:
-    """Of the tensors of a dataclass; 0 of None."""
-    if memory is None:
-        return 0
-    return sum(getattr(memory, entry.name).nbytes for entry in fields(memory))  # type: ignore[arg-type]
-
-
-def _is_same(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return one.data_ptr() == other.data_ptr() and one.shape == other.shape
 
 
 def _check_weight(weight: Weight) -> None:

@@ -111,12 +111,36 @@ class DequantizeRows(Protocol):
         ...
 
 
+class DotLinear(Protocol):
+    """See dot_linear.dot_linear; any number of rows, on sm_80 and newer."""
+
+    def __call__(
+        self,
+        x: torch.Tensor,
+        weight: Weight,
+        out: torch.Tensor,
+        *,
+        add: bool = False,
+        workspace: Workspace | None = None,
+    ) -> None:
+        """See the class."""
+        ...
+
+
 class AttentionWorkspace(Protocol):
     """float32 elements that paged_attention works in; `capability` as 75 for sm_75."""
 
     def __call__(
         self, rows: int, heads: int, head_dim: int, table_width: int, capability: int
     ) -> int:
+        """See the class."""
+        ...
+
+
+class CopyBlocks(Protocol):
+    """See copy_blocks.copy_blocks."""
+
+    def __call__(self, kv_cache: torch.Tensor, pairs: torch.Tensor) -> None:
         """See the class."""
         ...
 
@@ -158,6 +182,8 @@ class Operations:
     paged_attention: PagedAttention
     attention_workspace: AttentionWorkspace
     dequantize_rows: DequantizeRows
+    dot_linear: DotLinear
+    copy_blocks: CopyBlocks
     sample: Sample
     sampling_memory: SamplingMemory
 
@@ -166,11 +192,14 @@ def triton_operations() -> Operations:
     """The kernels. Imports Triton, so that nothing else has to."""
     import triton
 
-    from gptjet.kernels.gpu import paged_attention as attention
+    from gptjet.kernels.gpu.attention_tile import default_tile, workspace_elements
+    from gptjet.kernels.gpu.copy_blocks import copy_blocks
     from gptjet.kernels.gpu.dequantize import dequantize_rows
+    from gptjet.kernels.gpu.dot_linear import dot_linear
     from gptjet.kernels.gpu.embedding import embed
     from gptjet.kernels.gpu.gelu_linear_residual import gelu_linear_residual
     from gptjet.kernels.gpu.layer_norm_linear import layer_norm_linear
+    from gptjet.kernels.gpu.paged_attention import paged_attention
     from gptjet.kernels.gpu.rotary_kv import rotary_write_kv
     from gptjet.kernels.gpu.sampling import SamplingParameters, SamplingWorkspace, sample
 
@@ -180,8 +209,8 @@ def triton_operations() -> Operations:
         sample(logits, SamplingParameters(sampling), out, **options)
 
     def workspace(rows: int, heads: int, head_dim: int, table_width: int, capability: int) -> int:
-        tile = attention.default_tile(head_dim, capability)
-        return attention.workspace_elements(rows, heads, head_dim, table_width, tile)
+        tile = default_tile(head_dim, capability)
+        return workspace_elements(rows, heads, head_dim, table_width, tile)
 
     return Operations(
         f"Triton {triton.__version__} kernels",
@@ -189,9 +218,11 @@ def triton_operations() -> Operations:
         layer_norm_linear,
         gelu_linear_residual,
         rotary_write_kv,
-        attention.paged_attention,
+        paged_attention,
         workspace,
         dequantize_rows,
+        dot_linear,
+        copy_blocks,
         sample_packed,
         SamplingWorkspace.allocate,
     )
@@ -212,6 +243,8 @@ def reference_operations(sample: Sample | None = None) -> Operations:
         _paged_attention,
         lambda *_: 0,
         reference.dequantize_rows,
+        _dot_linear,
+        _copy_blocks,
         sample or _likeliest,
         lambda *_: None,
     )
@@ -226,6 +259,11 @@ def _embed(
 ) -> None:
     ids = torch.where(sources >= 0, sampled[sources.clamp_min(0).long()], token_ids)
     residual.copy_(embedding[ids.clamp_min(0).long()])
+
+
+def _copy_blocks(kv_cache: torch.Tensor, pairs: torch.Tensor) -> None:
+    sources, destinations = pairs.long().unbind(1)
+    kv_cache[:, :, destinations] = kv_cache[:, :, sources]
 
 
 def _likeliest(logits: torch.Tensor, sampling: torch.Tensor, out: torch.Tensor, **_: Any) -> None:
@@ -255,6 +293,16 @@ def _gelu_linear_residual(
     **_: Any,
 ) -> None:
     reference.gelu_linear_residual(residual, attended.float(), inner.float(), weight)
+
+
+def _dot_linear(
+    x: torch.Tensor, weight: Weight, out: torch.Tensor, *, add: bool = False, **_: Any
+) -> None:
+    result = reference.linear(x.float(), weight)
+    if add:
+        out += result
+    else:
+        out.copy_(result)
 
 
 def _rotary_write_kv(

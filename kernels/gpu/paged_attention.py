@@ -13,68 +13,27 @@ so the loop has no sum over slots, and no barrier; they are joined once, after i
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 import triton
 import triton.language as tl
 
 from gptjet.kernels.batch import BLOCK_SIZE, INT8_KV_ROWS
+from gptjet.kernels.gpu.attention_tile import (
+    AttentionTile,
+    default_tile,
+    splits_of,
+    workspace_elements,
+)
 from gptjet.kernels.gpu.compile_case import GPT_J_6B, CompileCase
+from gptjet.kernels.gpu.gemv_launch import capability_of
 from gptjet.kernels.gpu.rotary_kv import check_layer_cache
 
 _BLOCK_SIZE = tl.constexpr(BLOCK_SIZE)
 _INT8_ROWS = tl.constexpr(INT8_KV_ROWS)
 _COMBINE_SPLITS = 8
 _COMBINE_WARPS = 4
-
-
-@dataclass(frozen=True, slots=True)
-class AttentionTile:
-    """How the context is divided.
-
-    tokens        that a program has in registers at once; a power of two
-    split_tokens  of a program in all; a multiple of `tokens`
-    """
-
-    tokens: int
-    split_tokens: int
-    num_warps: int
-
-    def __post_init__(self) -> None:
-        if self.tokens & (self.tokens - 1) or self.split_tokens % self.tokens or self.tokens < 1:
-            raise ValueError(
-                f"tokens is {self.tokens} and split_tokens {self.split_tokens}: one must be a "
-                f"power of two, the other a multiple of it"
-            )
-
-
-def default_tile(head_dim: int, capability: int) -> AttentionTile:
-    """A tile by calculation; nothing is measured in it.
-
-    A tile is 8,192 values: in 128 threads 64 registers of sums and as many for what is being
-    loaded. Splits are of 64 tokens, so that a short context fills a large card too (4 per
-    head at 256 tokens: 64 programs of GPT-J-6B); before sm_80, with 40 (T4) and 80 (V100)
-    processors, of 128, which halves what passes through the workspace.
-    """
-    tokens = max(16, min(64, 8192 // triton.next_power_of_2(head_dim)))
-    return AttentionTile(tokens, 64 if capability >= 80 else 128, num_warps=4)
-
-
-def workspace_elements(
-    tokens: int, heads: int, head_dim: int, table_width: int, tile: AttentionTile
-) -> int:
-    """float32 that the parts of rows take whose block tables are `table_width` blocks wide.
-
-    Weighted values [tokens, heads, splits, features], features being head_dim rounded up to a power
-    of two, then maximum and sum [tokens, heads, splits, 2].
-    """
-    features: int = triton.next_power_of_2(head_dim)
-    return tokens * heads * _num_splits(table_width, tile) * (features + 2)
-
-
-def _num_splits(table_width: int, tile: AttentionTile) -> int:
-    return -(-table_width * BLOCK_SIZE // tile.split_tokens)
 
 
 def paged_attention(
@@ -113,7 +72,7 @@ def paged_attention(
         raise ValueError("queries must be contiguous, and the rows of block_tables")
     if tokens == 0:
         return
-    tile = tile or default_tile(head_dim, _capability(queries.device))
+    tile = tile or default_tile(head_dim, capability_of(queries.device))
     needed = workspace_elements(tokens, heads, head_dim, block_tables.shape[1], tile)
     if workspace is None:
         workspace = torch.empty(needed, dtype=torch.float32, device=queries.device)
@@ -126,7 +85,7 @@ def paged_attention(
             f"workspace has {workspace.numel()} elements of {workspace.dtype}; "
             f"{needed} contiguous float32 are needed"
         )
-    splits = _num_splits(block_tables.shape[1], tile)
+    splits = splits_of(block_tables.shape[1], tile)
     features = triton.next_power_of_2(head_dim)
     _split_kernel[(splits, heads, tokens)](
         queries,
@@ -161,13 +120,6 @@ def paged_attention(
         SPLITS_AT_ONCE=_COMBINE_SPLITS,
         num_warps=_COMBINE_WARPS,
     )
-
-
-def _capability(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 75  # interpreted
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
 
 
 def _score_scale(head_dim: int) -> float:

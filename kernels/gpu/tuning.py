@@ -22,6 +22,9 @@ WEIGHT_TYPES: Mapping[str, float] = {"fp16": 2.0, "int8": 1.0, "int4": 0.5}
 
 MODELLED = "modelled"
 
+DOT_LINEAR = "dot_linear"
+"""The kernel on the matrix units; the others are GEMV kernels."""
+
 
 class TuningError(ValueError):
     """A table or a tile is not usable; the message names the key and its limit."""
@@ -40,6 +43,10 @@ class Tile:
     tiles_per_program  tiles that a program multiplies, one after another
     load_bytes         most bytes of one load of a thread: 16, 8 or 4. Activations stay in
                        registers, and a thread holds those of every weight that it loads
+    block_m            rows of a tile of dot_linear, a power of two of at least 16; 0 for the GEMV
+                       kernels, which multiply a tile with all rows. A program of dot_linear keeps
+                       its outputs and walks over features: block_k * tiles_per_program * split_k
+                       covers them, and num_stages tiles are on their way to shared memory
     """
 
     block_n: int
@@ -49,6 +56,7 @@ class Tile:
     split_k: int
     tiles_per_program: int = 1
     load_bytes: int = 16
+    block_m: int = 0
 
     def __post_init__(self) -> None:
         for name, limit in _LARGEST.items():
@@ -61,18 +69,32 @@ class Tile:
                 raise TuningError(f"{name} must be a power of two, not {value}")
         if self.load_bytes not in (4, 8, 16):
             raise TuningError(f"load_bytes must be 4, 8 or 16, not {self.load_bytes}")
+        if self.block_m != 0:
+            self._require_matrix_units()
+
+    def _require_matrix_units(self) -> None:
+        """Whole instructions: 16 rows, outputs and features, of INT4 of every fourth feature."""
+        for name, least in (("block_m", 16), ("block_n", 16), ("block_k", 64)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= 256:
+                raise TuningError(f"{name} must be {least} to 256 for {DOT_LINEAR}, not {value!r}")
+            if value & (value - 1):
+                raise TuningError(f"{name} must be a power of two, not {value}")
 
     def require_features(self, k: int) -> None:
         """Raise TuningError unless the splits cover k features, none of them without one."""
-        if not (self.split_k - 1) * self.block_k < k <= self.split_k * self.block_k:
+        tiles = self.tiles_per_program if self.block_m else 1
+        split = self.block_k * tiles
+        if not (self.split_k - 1) * split < k <= self.split_k * split:
+            many = f"{tiles} tiles" if self.block_m else "tiles"
             raise TuningError(
-                f"split_k must be {-(-k // self.block_k)} for {k} features in tiles of "
+                f"split_k must be {-(-k // split)} for {k} features in {many} of "
                 f"block_k = {self.block_k}, not {self.split_k}"
             )
 
     def chunks(self, n: int) -> int:
         """Programs side by side over n outputs."""
-        return -(-n // (self.block_n * self.tiles_per_program))
+        return -(-n // (self.block_n * (1 if self.block_m else self.tiles_per_program)))
 
 
 _LARGEST = {
@@ -126,8 +148,17 @@ class Entry:
     source: str
 
 
+DOT_ROWS = (16, 32, 64, 128, 512)
+"""Numbers of rows that dot_linear has tiles for; more than the last one take the last one's."""
+
+
 def choose_tile(kernel: str, capability: int, rows: int, n: int, k: int, weight_type: str) -> Tile:
-    """The tile of a launch: of the table, or `default_tile`. Cheap from the second time on."""
+    """The tile of a launch: of the table, or `default_tile`. Cheap from the second time on.
+
+    dot_linear takes any number of rows, and has tiles for those of DOT_ROWS: the next larger one.
+    """
+    if kernel == DOT_LINEAR:
+        rows = next((most for most in DOT_ROWS if rows <= most), DOT_ROWS[-1])
     return _choose(Launch(kernel, capability, rows, n, k, weight_type))
 
 
@@ -147,6 +178,9 @@ _LARGEST_TILE_BYTES = ((2, 32 << 10), (4, 16 << 10), (8, 8 << 10))
 FIRST_WITH_ASYNC_COPIES = 80
 """The first capability that copies to shared memory without registers (cp.async)."""
 
+FIRST_WITH_DOT = 80
+"""The first capability on which `tl.dot` is not computed on the stack."""
+
 _WARPS = 8
 _WAVES = 2
 
@@ -158,6 +192,8 @@ def default_tile(launch: Launch) -> Tile:
     enough to be resident at once in two waves: each makes its activations once and then only reads.
     """
     card = _nearest_card(launch.capability)
+    if launch.kernel == DOT_LINEAR:
+        return _default_dot_tile(launch, card)
     rows, weight_bytes = launch.rows, WEIGHT_TYPES[launch.weight_type]
     # Registers for activations: 16 features of a thread up to 4 rows, 8 beyond.
     widest = 4096 if rows <= 4 or launch.weight_type == "int4" else 2048
@@ -183,6 +219,44 @@ def default_tile(launch: Launch) -> Tile:
         split_k=split_k,
         tiles_per_program=-(-tiles // programs),
         load_bytes=16 if wide else 8,
+    )
+
+
+# Tiles of features that a split of dot_linear multiplies at least: filling its stages costs two.
+_LEAST_STEPS = 8
+_DOT_STAGES = 3
+
+
+def _default_dot_tile(launch: Launch, card: Card) -> Tile:
+    """One block of rows as long as it goes, so that a weight is unpacked once.
+
+    A step reads block_m * block_k * 2 bytes of activations from the second-level cache, which is
+    some three times as fast as the memory, and block_n * block_k weights from the latter: more
+    rows ask for more outputs. Programs, by splits of the features, until so much is in flight as
+    `default_tile` asks for; more than one block of rows are bound by arithmetic, and not split.
+    """
+    weight_bytes = WEIGHT_TYPES[launch.weight_type]
+    block_m = min(128, max(16, _power_of_two(launch.rows)))
+    block_n = 64 if block_m == 16 else 128
+    # Shared memory holds _DOT_STAGES of both; an A10 has 99 KiB of it.
+    block_k = 128 if block_m <= 32 and weight_bytes < 2 else 64
+    block_k = min(block_k, max(64, _power_of_two(launch.k)))
+    steps = -(-launch.k // block_k)
+    programs = -(-launch.n // block_n) * -(-launch.rows // block_m)
+    in_flight = 2 * card.bandwidth_gb_s * 1e9 * LATENCY_S / card.multiprocessors
+    of_a_program = (_DOT_STAGES - 1) * block_n * block_k * weight_bytes
+    wanted = card.multiprocessors * max(2, round(in_flight / of_a_program))
+    most = max(1, min(steps // _LEAST_STEPS, _LARGEST["split_k"]))
+    split_k = min(most, -(-wanted // programs)) if launch.rows <= block_m else 1
+    tiles = -(-steps // split_k)
+    return Tile(
+        block_n=block_n,
+        block_k=block_k,
+        num_warps=4 if block_m <= 32 else 8,
+        num_stages=_DOT_STAGES,
+        split_k=-(-steps // tiles),
+        tiles_per_program=tiles,
+        block_m=block_m,
     )
 
 
@@ -212,6 +286,12 @@ def _power_of_two(at_least: int) -> int:
 @functools.lru_cache(maxsize=1)
 def _table() -> Mapping[Launch, Entry]:
     return {entry.launch: entry for entry in read_table(TABLE_PATH)}
+
+
+def forget_table() -> None:
+    """Have choose_tile read the table anew: for who has written to it."""
+    _table.cache_clear()
+    _choose.cache_clear()
 
 
 _LAUNCH_TYPES = {field.name: field.type for field in fields(Launch)}
@@ -246,11 +326,13 @@ def read_table(path: Path) -> tuple[Entry, ...]:
 def _entry(line: Any) -> Entry:
     if not isinstance(line, Mapping):
         raise TuningError(f"must be a table, not {line!r}")
-    known = {*_LAUNCH_TYPES, *_TILE_NAMES, "source"}
+    # Only a tile of the matrix units is one of rows, too.
+    of_dot = ("block_m",) if line.get("kernel") == DOT_LINEAR else ()
+    known = {*_LAUNCH_TYPES, *_TILE_NAMES, "source"} - ({"block_m"} - {*of_dot})
     for key in line:
         if key not in known:
             raise TuningError(f"unknown key {key!r}")
-    for key in ("source", *_LAUNCH_TYPES, *_TILE_NAMES[:5]):
+    for key in ("source", *_LAUNCH_TYPES, *_TILE_NAMES[:5], *of_dot):
         if key not in line:
             raise TuningError(f"{key} is missing")
     source = line["source"]
@@ -267,6 +349,10 @@ def _entry(line: Any) -> Entry:
             f"weight_type must be one of {', '.join(WEIGHT_TYPES)}, not {line['weight_type']!r}"
         )
     launch = Launch(**{key: line[key] for key in _LAUNCH_TYPES})
+    if launch.kernel == DOT_LINEAR and launch.capability < FIRST_WITH_DOT:
+        raise TuningError(
+            f"{DOT_LINEAR} needs sm_{FIRST_WITH_DOT} or newer, not sm_{launch.capability}"
+        )
     tile = Tile(**{key: line[key] for key in _TILE_NAMES if key in line})
     tile.require_features(launch.k)
     return Entry(launch, tile, source)

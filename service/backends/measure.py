@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import gc
-import json
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -30,6 +29,7 @@ from gptjet.service.backends.deepspeed.backend import DeepSpeedBackend
 from gptjet.service.backends.deepspeed.loader import prove_and_inject
 from gptjet.service.backends.device import choose_device, choose_dtype, dtype_name
 from gptjet.service.backends.huggingface import HuggingFaceBackend
+from gptjet.service.backends.records import Record, parse_cells, print_records
 from gptjet.service.engine.backend import (
     Backend,
     BackendSpec,
@@ -37,15 +37,12 @@ from gptjet.service.engine.backend import (
     Phase,
     ScheduledBatch,
 )
-from gptjet.service.engine.errors import BackendLoadError
 from gptjet.service.engine.request import SamplingParams, new_request
 from gptjet.service.engine.sequence import Sequence as EngineSequence
 from gptjet.service.models.quiet import quiet_transformers
 
 if TYPE_CHECKING:
     from gptjet.service.backends.deepspeed.guards import Platform
-
-Record = dict[str, Any]
 
 # GPTJConfig's own defaults are GPT-J-6B's sizes.
 GEOMETRIES: dict[str, dict[str, Any]] = {
@@ -230,12 +227,6 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def parse_cells(text: str) -> list[tuple[int, int]]:
-    """ "50:200,1000:50" -> [(50, 200), (1000, 50)]."""
-    pairs = [entry.split(":") for entry in text.split(",") if entry]
-    return [(int(input_tokens), int(output_tokens)) for input_tokens, output_tokens in pairs]
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the records. Exit codes: 0 done, 1 failed, 2 this machine cannot run it."""
     parser = argparse.ArgumentParser(description="time one backend on random weights")
@@ -247,23 +238,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--repeats", type=int, default=3)
     flags = parser.parse_args(arguments)
-    try:
-        for record in measure(
+    return print_records(
+        lambda: measure(
             flags.backend,
             geometry=flags.geometry,
             device_name=flags.device,
             cells=flags.cells,
             repeats=flags.repeats,
-        ):
-            print(json.dumps(record), flush=True)
-    except BackendLoadError as error:
-        print(json.dumps({"kind": "error", "message": str(error), "unavailable": True}), flush=True)
-        return 2
-    except Exception as error:  # noqa: BLE001 - the caller reads JSON lines, not tracebacks
-        message = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        print(json.dumps({"kind": "error", "message": message, "unavailable": False}), flush=True)
-        return 1
-    return 0
+        )
+    )
 
 
 if __name__ == "__main__":

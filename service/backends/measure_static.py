@@ -9,7 +9,6 @@ compiled once and, on a card, replayed as a CUDA graph ("reduce-overhead"). Line
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -18,10 +17,8 @@ from typing import Any
 import torch
 
 from gptjet.service.backends.device import choose_device, choose_dtype, dtype_name
-from gptjet.service.backends.measure import GEOMETRIES, make_random_model, parse_cells
-from gptjet.service.engine.errors import BackendLoadError
-
-Record = dict[str, Any]
+from gptjet.service.backends.measure import GEOMETRIES, make_random_model
+from gptjet.service.backends.records import Record, parse_cells, print_records
 
 BACKEND = "huggingface-static"
 _SEED = 6
@@ -151,22 +148,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--cells", type=parse_cells, required=True, help="input:output,…")
     parser.add_argument("--repeats", type=int, default=3)
     flags = parser.parse_args(arguments)
-    try:
-        for record in measure(
+    return print_records(
+        lambda: measure(
             geometry=flags.geometry,
             device_name=flags.device,
             cells=flags.cells,
             repeats=flags.repeats,
-        ):
-            print(json.dumps(record), flush=True)
-    except BackendLoadError as error:
-        print(json.dumps({"kind": "error", "message": str(error), "unavailable": True}), flush=True)
-        return 2
-    except Exception as error:  # noqa: BLE001 - the caller reads JSON lines, not tracebacks
-        message = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        print(json.dumps({"kind": "error", "message": message, "unavailable": False}), flush=True)
-        return 1
-    return 0
+        )
+    )
 
 
 if __name__ == "__main__":

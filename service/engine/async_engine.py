@@ -11,6 +11,7 @@ import uuid
 from typing import TYPE_CHECKING
 
 from gptjet.service.engine.admission import Admission, tokens_of, tokens_of_score
+from gptjet.service.engine.callers import Callers
 from gptjet.service.engine.endings import ended, log_failure, refusal, refused_score
 from gptjet.service.engine.engine import Engine
 from gptjet.service.engine.errors import (
@@ -76,10 +77,7 @@ class AsyncEngine:
         self._ended = asyncio.Event()  # the thread has
         self.failed = asyncio.Event()
         self.failure: str | None = None
-        # These three belong to the engine thread.
-        self._score_key_of: dict[ScoreCall, int] = {}
-        self._stream_of: dict[int, RequestStream] = {}
-        self._key_of: dict[RequestStream, int] = {}
+        self._callers = Callers()
         self._refusal: str | None = "the engine has not been started"
 
     @property
@@ -328,8 +326,7 @@ class AsyncEngine:
 
         outputs  those of the requests that the engine still knew, and has failed
         """
-        told_of = {key for key, output in outputs if output.summary is not None}
-        lost = [(key, s.request) for key, s in self._stream_of.items() if key not in told_of]
+        lost = self._callers.not_told(outputs)
         if not lost:
             return []
         told = log_failure(error, [request.request_id for _, request in lost])
@@ -343,15 +340,8 @@ class AsyncEngine:
             )
 
     def _publish(self, outputs: Outputs) -> None:
-        if not outputs:
-            return
-        addressed = []
-        for key, output in outputs:
-            stream = self._stream_of[key]
-            addressed.append((stream, output))
-            if output.summary is not None:
-                del self._stream_of[key], self._key_of[stream]
-        self._send(addressed)
+        if outputs:
+            self._send(self._callers.address(outputs))
 
     def _send(self, addressed: list[tuple[RequestStream, RequestOutput]]) -> None:
         assert self._loop is not None
@@ -367,12 +357,11 @@ class AsyncEngine:
         except Exception as error:  # noqa: BLE001 - logged by refusal, and told to the caller
             self._send([(stream, refusal(stream.request, error))])
             return
-        self._stream_of[key] = stream
-        self._key_of[stream] = key
+        self._callers.add(key, stream)
 
     def _add_score(self, call: ScoreCall) -> None:
         def end(outcome: ScoreOutcome) -> None:
-            self._score_key_of.pop(call, None)
+            self._callers.end(call)
             self._tell_loop(self._end_score, call, outcome)
 
         try:
@@ -382,10 +371,10 @@ class AsyncEngine:
         except Exception as error:  # noqa: BLE001 - logged by refused_score, told to the caller
             end(refused_score(call.request, error))
             return
-        self._score_key_of[call] = key
+        self._callers.add(key, call)
 
     def _cancel_score_in_thread(self, call: ScoreCall, reason: FinishReason) -> None:
-        key = self._score_key_of.get(call)
+        key = self._callers.key_of(call)
         if key is not None:
             self._engine.cancel(key, reason)
 
@@ -397,15 +386,12 @@ class AsyncEngine:
             logger.warning("the event loop has closed: a caller is not told how its request ends")
 
     def _cancel_in_thread(self, stream: RequestStream, reason: FinishReason) -> None:
-        key = self._key_of.get(stream)
+        key = self._callers.key_of(stream)
         if key is not None:
             self._publish(self._engine.cancel(key, reason))
 
     def _give_up_in_thread(self, submitted: RequestStream | ScoreCall) -> None:
-        if isinstance(submitted, RequestStream):
-            key = self._key_of.get(submitted)
-        else:
-            key = self._score_key_of.get(submitted)
+        key = self._callers.key_of(submitted)
         # It may have begun meanwhile.
         if key is not None and self._engine.is_waiting(key):
             error = QueueTimeError(self.config.max_queue_time_s, _QUEUE_TIME_RETRY_S)

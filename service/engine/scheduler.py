@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 
 from gptjet.service.engine.backend import BackendSpec, Phase, ScheduledBatch
 from gptjet.service.engine.block_manager import Allocation, BlockManager
+from gptjet.service.engine.chunk import share_chunk
 from gptjet.service.engine.prompt_lookup import PromptLookup
 from gptjet.service.engine.sequence import Sequence, SequenceStatus
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Set
-    from collections.abc import Sequence as Seq
 
 
 class Scheduler:
@@ -24,9 +24,7 @@ class Scheduler:
 
     After a prefill step comes a decode step, always: a burst of prompts slows running streams by
     at most one prefill step a token. On a backend with max_prefill_tokens that step is a chunk,
-    so a long prompt never stalls them. A chunk is shared fairly: the oldest prompt gets half of
-    the tokens, so it is never starved; the other half goes to the others, the shortest first, so
-    that they need not wait for a long one; what one side leaves, the other takes.
+    so a long prompt never stalls them; prompts share it, see `share_chunk`.
 
     Where the backend decodes fewer sequences a step than are running, they take turns.
 
@@ -278,7 +276,7 @@ class Scheduler:
             others.sort(key=_length)
         chosen = (oldest, *others[: self._spec.max_prefill_batch_size - 1])
         if self.max_prefill_tokens is not None:
-            chunks = _share(self.max_prefill_tokens, chosen)
+            chunks = share_chunk(self.max_prefill_tokens, [_length(each) for each in chosen])
         elif self._spec.paged:
             chunks = [_length(sequence) for sequence in chosen]
         else:
@@ -376,22 +374,6 @@ class Scheduler:
         if self.block_manager.prefix_cache:
             computed = sequence.token_ids[: sequence.num_computed_tokens]
             self.block_manager.commit(sequence.sequence_id, computed)
-
-
-def _share(max_tokens: int, prompts: Seq[Sequence]) -> list[int]:
-    """Tokens of a chunk for each prompt, the first of which has half of it or what the rest leave.
-
-    Those for whom nothing is left, at the end, are left out.
-    """
-    wanted = [_length(sequence) for sequence in prompts]
-    wanted[0] = min(wanted[0], max_tokens - min(sum(wanted[1:]), max_tokens // 2))
-    left = max_tokens
-    chunks = []
-    for length in wanted:
-        if left:
-            chunks.append(min(length, left))
-            left -= chunks[-1]
-    return chunks
 
 
 def _length(sequence: Sequence) -> int:

@@ -144,7 +144,7 @@ class Governance:
         What the policy in force may decide is there from the start, with 0. A text that a rule
         found something in many times counts once, as does one that ended before its caller let it.
         """
-        counts = {
+        counts: dict[tuple[str, str, str], int] = {
             (direction, rule.name, rule.action): 0
             for direction, chain in self._policy.chains.items()
             for rule in chain.rules

@@ -7,9 +7,10 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +26,7 @@ from gptjet.benchmarks.records import Results
 from gptjet.benchmarks.server_process import ServerError, parse_endpoints
 from gptjet.benchmarks.sweep import SweepOptions, check_model, dry_run, fingerprint
 from gptjet.benchmarks.sweep import _together as together
+from gptjet.service.backends.mock import MockBackend
 from gptjet.service.client_types import ModelInfo
 
 PREFILL_MS, DECODE_MS = 8.0, 4.0
@@ -65,6 +67,22 @@ def run_cli(*arguments: str) -> tuple[int, str, str]:
     return process.returncode, out, err
 
 
+@pytest.fixture
+def permits(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Semaphore]:
+    """The mock serves as many requests as there are permits: a sweep that is to be ended in the
+    middle cannot come to its end first."""
+    permits = threading.Semaphore(0)
+    prefill = MockBackend.prefill
+
+    def with_permit(self: MockBackend, batch: Any) -> Any:
+        permits.acquire()
+        return prefill(self, batch)
+
+    monkeypatch.setattr(MockBackend, "prefill", with_permit)
+    yield permits
+    permits.release(10_000)
+
+
 def num_samples(path: Path) -> int:
     return path.read_bytes().count(b'"kind":"sample"') if path.exists() else 0
 
@@ -77,20 +95,26 @@ def mine(tmp_path: Path) -> Path:
 
 
 def test_killed_twice_and_resumed_it_is_whole_and_without_doubles(
-    mock_server: Callable[[float, float], AbstractContextManager[str]], mine: Path, tmp_path: Path
+    mock_server: Callable[[float, float], AbstractContextManager[str]],
+    permits: threading.Semaphore,
+    mine: Path,
+    tmp_path: Path,
 ) -> None:
     """4 cells that fit x 5 runs; 2 cells of 510 + 3 and 510 + 6 are beyond the mock's 512."""
     out = tmp_path / "out.jsonl"
     with mock_server(PREFILL_MS, DECODE_MS) as target:
         arguments = ("--config", str(mine), "--out", str(out), "--endpoint", f"mock={target}")
-        for enough in (3, 9):
+        # Of what each of the first two is let do, some warms up; 8 and 11 are not 20 samples.
+        for enough, requests in ((3, 8), (9, 11)):
+            permits.release(requests)
             process = start_sweep(*arguments)
             while num_samples(out) < enough:
                 assert process.poll() is None, process.communicate()
                 time.sleep(0.005)
             process.send_signal(signal.SIGKILL)
             process.communicate()
-            assert num_samples(out) < 20, "killed too late to show anything"
+            assert num_samples(out) < 20
+        permits.release(10_000)
         # As if the kill had hit the middle of a write.
         with out.open("ab") as file:
             file.write(b'{"schema":1,"kind":"sample","sess')
@@ -116,17 +140,22 @@ def test_killed_twice_and_resumed_it_is_whole_and_without_doubles(
 
 
 def test_sigterm_ends_a_session_in_order(
-    mock_server: Callable[[float, float], AbstractContextManager[str]], mine: Path, tmp_path: Path
+    mock_server: Callable[[float, float], AbstractContextManager[str]],
+    permits: threading.Semaphore,
+    mine: Path,
+    tmp_path: Path,
 ) -> None:
     out = tmp_path / "out.jsonl"
     with mock_server(PREFILL_MS, DECODE_MS) as target:
         process = start_sweep(
             *("--config", str(mine), "--out", str(out), "--endpoint", f"mock={target}")
         )
+        permits.release(10)
         while num_samples(out) < 2:
             assert process.poll() is None, process.communicate()
             time.sleep(0.005)
         process.terminate()
+        permits.release(5)  # what is running ends
         _, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "the same command goes on" in err

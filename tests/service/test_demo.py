@@ -59,7 +59,7 @@ def demo(tmp_path: Path, *arguments: str) -> Iterator[subprocess.Popen[str]]:
 
 def test_it_streams_two_completions_and_leaves_nothing_behind(tmp_path: Path) -> None:
     with demo(tmp_path, "--backend", "mock", "--text", REVIEW) as process:
-        shown, _ = process.communicate(timeout=60)
+        shown, _ = process.communicate(timeout=240)
     assert process.returncode == 0, shown
     assert "$ gptjet serve --model embedded --backend mock --port 0" in shown
     assert "\nThis was a wonderful film, I laughed and cried and would gladly" in shown
@@ -94,7 +94,7 @@ def test_the_review_is_the_first_long_and_clear_one_of_the_heldout_texts(
 
 def test_a_server_that_does_not_start_is_shown_with_its_log(tmp_path: Path) -> None:
     with demo(tmp_path, "--backend", "nope", "--text", REVIEW) as process:
-        shown, _ = process.communicate(timeout=60)
+        shown, _ = process.communicate(timeout=240)
     assert process.returncode == 1
     assert "the demo failed: the server ended with exit code 2" in shown
     assert "unknown backend 'nope'" in shown
@@ -121,12 +121,12 @@ def test_an_interrupt_waits_until_the_started_server_is_known(number: signal.Sig
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_interrupted_it_stops_its_server(tmp_path: Path, number: signal.Signals) -> None:
     with demo(tmp_path, "--backend", "mock", "--text", REVIEW) as process:
-        end = time.monotonic() + 30
+        end = time.monotonic() + 120
         while not servers_of(tmp_path):
             assert time.monotonic() < end
             time.sleep(0.01)
         process.send_signal(number)
-        shown, _ = process.communicate(timeout=60)
+        shown, _ = process.communicate(timeout=240)
     # As a shell counts. Python ends itself by SIGINT, rather than with the code it was given, when
     # the interrupt once came in the middle of an exec(), as dataclasses use in an import.
     code = process.returncode
@@ -141,7 +141,7 @@ def test_interrupted_it_stops_its_server(tmp_path: Path, number: signal.Signals)
 )
 def test_the_embedded_checkpoint_judges_a_real_review(tmp_path: Path) -> None:
     with demo(tmp_path) as process:
-        shown, _ = process.communicate(timeout=120)
+        shown, _ = process.communicate(timeout=280)
     assert process.returncode == 0, shown
     assert re.search(r"\nSentiment: (positive|negative|neutral)\nExplanation: \w", shown), shown
     assert re.search(r"people rated it [+-]\d\.\d", shown)

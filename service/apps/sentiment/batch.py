@@ -22,9 +22,9 @@ from gptjet.service.apps.sentiment.classify import SentimentClassifier
 from gptjet.service.apps.sentiment.pipeline import (
     ROW_ERRORS,
     SERVER_ERRORS,
-    ServerGoneError,
     classify_patiently,
     in_order,
+    while_server_works,
 )
 from gptjet.service.apps.sentiment.result import SentimentResult, TextError
 from gptjet.service.apps.sentiment.table import (
@@ -40,8 +40,6 @@ from gptjet.service.apps.sentiment.table import (
 _JOURNAL_VERSION = 1
 # What every journal begins with: the first key of its heading.
 _JOURNAL_START = b'{"journal"'
-# So many rows in a row that the server failed at: it is the server and not the rows.
-_FAILURES_IN_A_ROW = 5
 _JOURNAL_SUFFIX = ".part"
 _OWN_COLUMNS = ("label", "explanation", "uncertain_reason", "num_parts", "error")
 _CLASH_PREFIX = "sentiment_"
@@ -110,39 +108,21 @@ async def classify_file(
             on_progress(summary.rows)
             for _ in range(summary.rows):
                 next(table.rows)
-            entries = in_order(
+            made = in_order(
                 table.rows, lambda row: _entry(classifier, row, spec.seed), spec.concurrency
             )
-            # Held back while the server fails: should the run end of it, these are made again.
-            held: list[dict[str, Any]] = []
-            failures = 0
-            async with contextlib.aclosing(entries):
-                async for made in entries:
-                    held.append(made.entry)
-                    if made.server_failed:
-                        failures += 1
-                    elif made.server_failed is False:
-                        failures = 0
-                    if failures == _FAILURES_IN_A_ROW:
-                        raise ServerGoneError(
-                            f"the server fails: {failures} rows one after the other, the last on "
-                            f"line {made.entry['line']}: {made.entry['error']}"
-                        )
-                    if failures == 0:
-                        _keep(held, journal, summary, on_progress)
-            _keep(held, journal, summary, on_progress)
+            kept = while_server_works(
+                made,
+                lambda one: one.server_failed,
+                lambda one: f"line {one.entry['line']}: {one.entry['error']}",
+            )
+            async with contextlib.aclosing(kept):
+                async for one in kept:
+                    journal.append(one.entry)
+                    summary.add(one.entry)
+                    on_progress(summary.rows)
             _write(spec, out_format, table, classifier, journal)
     return summary
-
-
-def _keep(
-    held: list[dict[str, Any]], journal: _Journal, summary: BatchSummary, on_progress: OnProgress
-) -> None:
-    for entry in held:
-        journal.append(entry)
-        summary.add(entry)
-        on_progress(summary.rows)
-    held.clear()
 
 
 def count_rows(source: Path, column: str) -> int:

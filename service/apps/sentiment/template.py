@@ -23,10 +23,12 @@ UNCERTAIN = "uncertain"
 _FOLDER = "templates"
 _SLOT = re.compile(r"\{(\w+)\}")
 _MARKER = re.compile(r"^([^\n{}:]{1,40}):", re.MULTILINE)
-# All that Unicode calls compatible with a colon (NFKC): full-width, small, vertical.
-_COLONS = ":\uff1a\ufe55\ufe13"
 # Tokenizers of this family read such text as one token that no text of a user's may contain.
 _SPECIAL_TOKEN = re.compile(r"<\|([^<>|]*)\|>")
+# A character and the marks that combine with it (of the blocks that hold nothing else).
+_LETTER = re.compile(
+    "(?s:.)[\u0300-\u036f\u1ab0-\u1aff\u1dc0-\u1dff\u20d0-\u20ff\ufe20-\ufe2f\u3099\u309a]*"
+)
 _SHOWN_AS = {"Cc": " ", "Cf": ""}
 _MAX_LABELS = 64  # the candidates that one Score call takes
 
@@ -115,13 +117,14 @@ class PromptTemplate:
         """`text` as it stands in a prompt: one line that cannot pass for a part of the template.
 
         Line breaks and control characters become spaces, format characters, which nobody sees
-        (category Cf), go; "Sentiment:" and the template's other line starts lose their colon;
-        special tokens of the tokenizer are taken apart.
+        (category Cf), go; "Sentiment:" and the template's other line starts lose their colon, in
+        whatever width or style of letter they are written (NFKC); special tokens of the tokenizer
+        are taken apart.
         """
         shown = "".join(_SHOWN_AS.get(unicodedata.category(c), c) for c in text)
         shown = " ".join(shown.split())
         shown = _SPECIAL_TOKEN.sub(r"< \1 >", shown)
-        return self._markers.sub(r"\1 -", shown) if self._markers else shown
+        return self._without_markers(shown)
 
     def label_named(self, words: str) -> str | None:
         """The name of the label that `words` begin with, the longest one; None if there is none."""
@@ -134,6 +137,18 @@ class PromptTemplate:
         ]
         return max(found, key=lambda pair: pair[0])[1] if found else None
 
+    def _without_markers(self, text: str) -> str:
+        """`text` with " -" for the colon of each marker; all else is left as it was written."""
+        if self._markers is None:
+            return text
+        folded, places = _folded(text)
+        pieces: list[str] = []
+        start = 0
+        for match in self._markers.finditer(folded):
+            pieces += [text[start : places[match.end(1)]], " -"]
+            start = places[match.end()]
+        return "".join([*pieces, text[start:]])
+
     @cached_property
     def _markers(self) -> re.Pattern[str] | None:
         parts = (self.prompt, self.example, self.explain_prompt, self.explain_example, self.answer)
@@ -144,8 +159,25 @@ class PromptTemplate:
         if not names:
             return None
         longest_first = sorted(names, key=lambda name: (-len(name), name))
-        spaced = (r"\s+".join(map(re.escape, name.split())) for name in longest_first)
-        return re.compile(rf"(?<!\w)({'|'.join(spaced)})\s*[{_COLONS}]", re.IGNORECASE)
+        spaced = (
+            r"\s+".join(map(re.escape, unicodedata.normalize("NFKC", name).split()))
+            for name in longest_first
+        )
+        return re.compile(rf"(?<!\w)({'|'.join(spaced)})\s*:", re.IGNORECASE)
+
+
+def _folded(text: str) -> tuple[str, list[int]]:
+    """`text` in NFKC, and for each of its characters, and its end, where that begins in `text`.
+
+    A letter is folded with the marks that combine with it, so that "e" and an accent are one.
+    """
+    folded: list[str] = []
+    places: list[int] = []
+    for match in _LETTER.finditer(text):
+        letter = unicodedata.normalize("NFKC", match[0])
+        folded.append(letter)
+        places += [match.start()] * len(letter)
+    return "".join(folded), [*places, len(text)]
 
 
 def list_templates() -> tuple[str, ...]:

@@ -20,12 +20,10 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -43,11 +41,9 @@ from gptjet.service.backends.fused.random_weights import (
     count_parameters,
 )
 from gptjet.service.backends.fused.runner import ModelRunner, SamplingModel
-from gptjet.service.backends.measure import parse_cells
+from gptjet.service.backends.records import Record, parse_cells, print_records
 from gptjet.service.engine.backend import BackendSpec, ParityStatus
 from gptjet.service.engine.errors import BackendLoadError
-
-Record = dict[str, Any]
 
 WEIGHT_TYPES = ("float16", "int8", "int4")
 MAX_ROWS = 32
@@ -308,21 +304,6 @@ def _memory(device: torch.device) -> Record:
     free, total = torch.cuda.mem_get_info(device)
     peak = torch.cuda.max_memory_allocated(device)
     return {"kind": "memory", "free_bytes": free, "total_bytes": total, "torch_peak_bytes": peak}
-
-
-def print_records(make: Callable[[], Iterator[Record]]) -> int:
-    """Print what `make()` yields, then what stopped it. Exit codes as `main`'s."""
-    try:
-        for record in make():
-            print(json.dumps(record), flush=True)
-    except BackendLoadError as error:
-        print(json.dumps({"kind": "error", "message": str(error), "unavailable": True}), flush=True)
-        return 2
-    except Exception as error:  # noqa: BLE001 - the caller reads JSON lines, not tracebacks
-        message = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        print(json.dumps({"kind": "error", "message": message, "unavailable": False}), flush=True)
-        return 1
-    return 0
 
 
 def _numbers(text: str) -> list[int]:

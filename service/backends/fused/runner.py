@@ -46,6 +46,15 @@ class SamplingModel(Protocol):
         ...
 
 
+@runtime_checkable
+class CopyingModel(Protocol):
+    """A FusedModel that copies KV blocks without waiting for its device."""
+
+    def copy_blocks(self, copies: Sequence[tuple[int, int]], kv_cache: torch.Tensor) -> None:
+        """Copy (source, destination) blocks, all sources before any destination is written."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Segment:
     """Tokens of one sequence that stand together, to be computed against its KV blocks.
@@ -101,7 +110,11 @@ class ModelRunner:
 
     def copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None:
         """Copy (source, destination) blocks, all sources before any destination is written."""
-        if copies:
+        if not copies:
+            return
+        if isinstance(self.model, CopyingModel):
+            self.model.copy_blocks(copies, self.kv_cache)
+        else:
             device = self.kv_cache.device
             sources = torch.tensor([source for source, _ in copies], device=device)
             destinations = torch.tensor([destination for _, destination in copies], device=device)

@@ -26,6 +26,7 @@ from gptjet.benchmarks.kernels_report.machine_code import (
     MachineCodeError,
     Usage,
     loads_in_flight,
+    matrix_instructions,
     parse_usage,
 )
 from gptjet.benchmarks.kernels_report.report import in_flight_bytes, markdown, problems
@@ -158,8 +159,25 @@ def test_what_a_card_would_not_run_is_named(changes: dict[str, object], message:
     assert message in line
 
 
-def test_a_dot_is_no_problem_from_sm_80_on() -> None:
-    assert problems([replace(CLEAN, capability=80, has_dot=True)]) == []
+def test_a_dot_is_no_problem_from_sm_80_on_if_it_is_on_the_matrix_units() -> None:
+    dot = replace(CLEAN, capability=80, has_dot=True)
+    assert problems([replace(dot, matrix_instructions="16 HMMA")]) == []
+    (line,) = problems([dot])
+    assert line.endswith("on sm_80: a tl.dot, and no instruction of the matrix units")
+    assert "| 16 HMMA |" in markdown([replace(dot, matrix_instructions="16 HMMA")])
+
+
+def test_instructions_of_the_matrix_units_are_counted_in_the_loop() -> None:
+    before = ("HMMA.16816.F32 R4, R8, R2, R4",)
+    assert matrix_instructions(sass(*before, "HGMMA.64x16x16.F32 R24, gdesc[UR4]")) == (
+        "1 HMMA, 1 HGMMA"
+    )
+    assert matrix_instructions(sass("IMAD R1, R2, R3, R4")) == ""
+    loop = sass(*before, "HMMA.16816.F32 R4, R8, R2, R4", "HMMA.16816.F32 R4, R8, R2, R4")
+    code = loop.splitlines()
+    code.insert(1, ".L_x_1:")
+    code.append("        /*0100*/              @P0 BRA `(.L_x_1) ;")
+    assert matrix_instructions("\n".join(code)) == "2 HMMA"
 
 
 def test_bytes_in_flight_are_those_of_the_resident_programs() -> None:
@@ -197,6 +215,28 @@ RESULT = {
 }
 
 
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(("capability", "name"), [(80, "HMMA"), (90, "HGMMA")])
+def test_the_dot_kernel_is_on_the_matrix_units(capability: int, name: str, tmp_path: Path) -> None:
+    """INT4 at 16 rows, of which every weight is a factor once it is unpacked in registers."""
+    worker = Worker()
+    try:
+        jobs = list_jobs(worker, 300)
+    finally:
+        worker.close()
+    of_dot = [job for job in jobs if job["module"] == "dot_linear"]
+    assert {job["capability"] for job in of_dot} == {80, 86, 90}
+    (job,) = (
+        job
+        for job in of_dot
+        if (job["name"], job["capability"]) == ("w_in int4 rows 16", capability)
+    )
+    (made,) = collect([job], tmp_path / "cache", num_workers=1, timeout_s=300)
+    assert problems([made]) == []
+    assert made.has_dot
+    assert made.matrix_instructions.endswith(f" {name}")
+
+
 def fake(body: str) -> tuple[str, ...]:
     """A worker that runs `body` for each line that it is given."""
     loop = f"import json, os, sys, time\nfor line in sys.stdin:\n    job = json.loads(line)\n{body}"
@@ -231,8 +271,8 @@ def test_a_compiler_that_hangs_is_ended_and_the_next_case_is_compiled(tmp_path: 
     hang = "    if job['name'] == 'n': time.sleep(600)\n" + GOOD
     jobs = [JOB, {**JOB, "name": "m", "key": "m"}]
     started = time.monotonic()
-    hung, good = collect(jobs, tmp_path, num_workers=1, timeout_s=2.0, command=fake(hang))
-    assert hung.error == "the compiler took more than 2 s"
+    hung, good = collect(jobs, tmp_path, num_workers=1, timeout_s=5.0, command=fake(hang))
+    assert hung.error == "the compiler took more than 5 s"
     assert good.error is None
     assert time.monotonic() - started < 60
 

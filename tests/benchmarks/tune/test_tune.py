@@ -18,7 +18,7 @@ from gptjet.benchmarks.tune.search import (
     search,
     steps,
 )
-from gptjet.kernels.gpu.gemv_launch import Workspace
+from gptjet.kernels.gpu.gemv_launch import Workspace, workspace_needs
 from gptjet.kernels.gpu.tuning import (
     MODELLED,
     TABLE_PATH,
@@ -84,6 +84,60 @@ def test_a_tile_whose_result_is_wrong_is_never_chosen() -> None:
 def test_a_launch_without_a_single_tile_that_works_is_an_error() -> None:
     with pytest.raises(TuningError, match="no tile of Launch"):
         search(LAUNCH, FakeCard(refused=-1))
+
+
+DOT = Launch("dot_linear", 80, 64, 4096, 20480, "int4")
+
+
+class FakeA100(FakeCard):
+    """Fastest in tiles of 32 rows by 64 outputs by 64 features, two splits, four stages."""
+
+    name = "Fake A100"
+    capability = 80
+
+    def seconds(self, launch: Launch, tile: Tile) -> float:
+        values = {"block_m": 32, "block_n": 64, "block_k": 64, "split_k": 2, "num_stages": 4}
+        away = sum(abs(math.log2(getattr(tile, name) / best)) for name, best in values.items())
+        return 1e-4 * (1 + away)
+
+
+def test_the_search_finds_the_best_tile_of_dot_linear() -> None:
+    found = search(DOT, FakeA100())
+    assert found.tile == Tile(64, 64, found.tile.num_warps, 4, 2, 160, block_m=32)
+    assert all(tile.block_m for tile in steps_of(DOT))
+
+
+def steps_of(launch: Launch) -> list[Tile]:
+    return [tile for _, tiles in steps(launch, default_tile(launch)) for tile in tiles]
+
+
+def test_tiles_of_dot_linear_are_only_tried_where_shared_memory_holds_them() -> None:
+    """99 KiB on an A10: three stages of 128 rows and 128 outputs by 128 features need 120."""
+    wide = Tile(128, 128, 8, 3, 1, 160, block_m=128)
+    for capability, is_one in ((80, True), (86, False), (90, True)):
+        launch = Launch("dot_linear", capability, 128, 4096, 20480, "int4")
+        assert is_sensible(launch, wide) == is_one
+    launch = Launch("dot_linear", 90, 128, 4096, 20480, "int4")
+    assert not is_sensible(launch, Tile(64, 256, 8, 2, 1, 80, block_m=16)), "two groups of INT4"
+    assert not is_sensible(launch, Tile(64, 64, 8, 2, 1, 320, block_m=256)), "half of it no rows"
+
+
+def test_dot_linear_is_tuned_from_sm_80_on() -> None:
+    for capability in (70, 75, 80, 86, 90):
+        kernels = {launch.kernel for launch in launches(capability)}
+        assert ("dot_linear" in kernels) == (capability >= 80)
+
+
+def test_the_tiles_of_dot_linear_are_written_and_read(tmp_path: Path) -> None:
+    path = tmp_path / "tuning.toml"
+    flags = ["--output", str(path), "--kernel", "dot_linear", "--weight-type", "int4"]
+    assert main([*flags, "--rows", "64"], FakeA100()) == 0
+    entries = read_table(path)
+    assert len(entries) == 3
+    assert {entry.tile.block_m for entry in entries} == {32}
+    assert "block_m = 32" in path.read_text(encoding="utf-8")
+    table.update(path, table.modelled(launches(75)))
+    assert path.read_text(encoding="utf-8").count("block_m") == 3
 
 
 def test_noise_is_no_gain() -> None:
@@ -192,6 +246,20 @@ def test_a_tile_is_checked_with_the_real_kernels(kernel: str, n: int, weight_typ
     assert len(tensors.weights) == 1
     tile = Tile(32, 128, 4, 2, 1)
     workspace = Workspace.allocate("cpu", 1, 1)
+    tensors.check(tile, workspace)
+    tensors.weights[0] = tensors._weight()
+    with pytest.raises(RefusedTileError, match="differs from the reference by"):
+        tensors.check(tile, workspace)
+
+
+@pytest.mark.parametrize("weight_type", ["fp16", "int8", "int4"])
+@pytest.mark.parametrize("n", [33, 150])
+def test_a_tile_of_dot_linear_is_checked_with_the_real_kernel(n: int, weight_type: str) -> None:
+    """Added to the residual stream, where there are more features than outputs, or not."""
+    launch = Launch("dot_linear", 80, 9, n, 128, weight_type)
+    tensors = LaunchTensors(launch, torch.device("cpu"), working_set_bytes=1)
+    tile = Tile(64, 64, 4, 3, 2, 1, block_m=16)
+    workspace = Workspace.allocate("cpu", *workspace_needs(9, n, tile))
     tensors.check(tile, workspace)
     tensors.weights[0] = tensors._weight()
     with pytest.raises(RefusedTileError, match="differs from the reference by"):

@@ -209,7 +209,7 @@ def test_graph_that_replays_something_else_is_refused(
     small: ModuleType, make_model: Callable[..., GpuModel]
 ) -> None:
     model, recorder = make_model(), small.CallingRecorder()
-    recorder.spoil = lambda: model._buffers.logits.add_(1)
+    recorder.spoil = lambda: model._row_pass._buffers.logits.add_(1)
     with pytest.raises(CaptureError, match="graph of 12 rows does not replay what was launched"):
         model.capture(small.kv_cache(), recorder)
     assert model.recorded_buckets == ()

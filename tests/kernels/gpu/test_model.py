@@ -174,11 +174,12 @@ def test_every_weight_type_has_a_route_on_every_card() -> None:
 
 def test_broken_routes_are_named(tmp_path: Any) -> None:
     file = tmp_path / "routes.toml"
-    entry = '[[route]]\ncapability = 70\nweight_type = "int8"\nmax_gemv_rows = {}\nsource = "x"\n'
+    entry = '[[route]]\ncapability = 70\nweight_type = "int8"\nmax_gemv_rows = {}\n'
+    entry += 'source = "modelled"\n'
     file.write_text(entry.format(0))
     with pytest.raises(ValueError, match="max_gemv_rows is 0"):
-        routes.load_routes(file)
+        routes.read_routes(file)
     file = tmp_path / "twice.toml"
     file.write_text(entry.format(8) * 2)
     with pytest.raises(ValueError, match="two routes for one capability"):
-        routes.load_routes(file)
+        routes.read_routes(file)

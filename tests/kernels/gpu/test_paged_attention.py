@@ -7,12 +7,8 @@ import torch
 
 from gptjet.kernels import reference
 from gptjet.kernels.batch import INT8_KV_ROWS
-from gptjet.kernels.gpu.paged_attention import (
-    AttentionTile,
-    default_tile,
-    paged_attention,
-    workspace_elements,
-)
+from gptjet.kernels.gpu.attention_tile import AttentionTile, default_tile, workspace_elements
+from gptjet.kernels.gpu.paged_attention import paged_attention
 
 
 class Case:

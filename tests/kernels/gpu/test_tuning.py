@@ -4,9 +4,11 @@ from pathlib import Path
 
 import pytest
 
+from gptjet.benchmarks.kernels_report.limits import LIMITS
 from gptjet.kernels.gpu import tuning
 from gptjet.kernels.gpu.tuning import (
     CARDS,
+    DOT_ROWS,
     MODELLED,
     TABLE_PATH,
     WEIGHT_TYPES,
@@ -78,6 +80,94 @@ def test_a_bad_line_is_named_with_its_key_and_limit(
         read_table(path)
     assert str(error.value).startswith(f"{path}: tiles[1]: ")
     assert message in str(error.value)
+
+
+DOT_LINE = {
+    **LINE,
+    "kernel": '"dot_linear"',
+    "capability": "80",
+    "rows": "64",
+    "block_m": "64",
+    "block_n": "128",
+    "block_k": "64",
+    "num_stages": "3",
+    "tiles_per_program": "32",
+    "split_k": "2",
+    "source": '"measured on A100"',
+}
+
+
+def test_a_line_of_dot_linear_is_a_tile_of_rows_too(tmp_path: Path) -> None:
+    (entry,) = read_table(written(tmp_path, DOT_LINE))
+    assert entry.tile == Tile(128, 64, 8, 3, 2, tiles_per_program=32, block_m=64)
+    assert entry.tile.chunks(28672) == 224
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"block_m": "8"}, "block_m must be 16 to 256 for dot_linear, not 8"),
+        ({"block_m": "48"}, "block_m must be a power of two, not 48"),
+        ({"block_m": "true"}, "block_m must be 16 to 256 for dot_linear, not True"),
+        ({"block_n": "8"}, "block_n must be 16 to 256 for dot_linear, not 8"),
+        ({"block_k": "32"}, "block_k must be 64 to 256 for dot_linear, not 32"),
+        ({"split_k": "3"}, "split_k must be 2 for 4096 features in 32 tiles of block_k = 64"),
+        ({"capability": "75"}, "dot_linear needs sm_80 or newer, not sm_75"),
+    ],
+)
+def test_a_bad_line_of_dot_linear_is_named(
+    tmp_path: Path, changes: dict[str, str], message: str
+) -> None:
+    path = written(tmp_path, {**DOT_LINE, **changes})
+    with pytest.raises(TuningError, match=r"tiles\[0\]: ") as error:
+        read_table(path)
+    assert message in str(error.value)
+
+
+def test_a_line_of_dot_linear_needs_its_rows(tmp_path: Path) -> None:
+    line = {name: value for name, value in DOT_LINE.items() if name != "block_m"}
+    with pytest.raises(TuningError, match="block_m is missing"):
+        read_table(written(tmp_path, line))
+
+
+@pytest.mark.parametrize("capability", [80, 86, 89, 90, 120])
+@pytest.mark.parametrize("weight_type", WEIGHT_TYPES)
+def test_a_default_of_dot_linear_covers_any_shape_and_fits_shared_memory(
+    capability: int, weight_type: str
+) -> None:
+    most = LIMITS[max(known for known in LIMITS if known <= capability)].shared_per_block
+    for rows in DOT_ROWS:
+        for n, k in ((1, 1), (5, 17), (64, 256), (28672, 4096), (4096, 20480), (50257, 4100)):
+            tile = default_tile(Launch("dot_linear", capability, rows, n, k, weight_type))
+            tile.require_features(k)
+            assert tile.block_m >= 16
+            assert rows <= tile.block_m or tile.split_k == 1, "many rows are not split"
+            step = tile.block_k * (2 * tile.block_m + WEIGHT_TYPES[weight_type] * tile.block_n)
+            assert tile.num_stages * step <= most
+            assert weight_type != "int4" or tile.block_k <= 128
+
+
+def test_rows_between_take_the_tile_of_the_next_number() -> None:
+    def tile(rows: int) -> Tile:
+        return choose_tile("dot_linear", 90, rows, 28672, 4096, "int8")
+
+    assert [tile(rows).block_m for rows in (1, 9, 16, 17, 33, 64, 65, 4096)] == [
+        16,
+        16,
+        16,
+        32,
+        64,
+        64,
+        128,
+        128,
+    ]
+
+
+def test_the_few_outputs_of_w_out_are_split_until_they_fill_the_card() -> None:
+    """4,096 outputs are 32 or 64 programs, of which an H100 runs more than 132 at once."""
+    for rows in (16, 32, 64):
+        tile = choose_tile("dot_linear", 90, rows, 4096, 20480, "int4")
+        assert tile.chunks(4096) * tile.split_k >= 2 * CARDS[90].multiprocessors
 
 
 @pytest.mark.parametrize("key", sorted(LINE))

@@ -211,15 +211,15 @@ async def test_a_timeout_holds_in_process_too(
     decode = MockBackend.decode
 
     def slow_decode(self: MockBackend, batch: Any) -> Any:
-        time.sleep(0.05)
+        time.sleep(0.02)
         return decode(self, batch)
 
     monkeypatch.setattr(MockBackend, "decode", slow_decode)
-    flags = ("--max-new-tokens", "400", "--timeout", "0.4")
+    flags = ("--max-new-tokens", "400", "--timeout", "2")
     result = await invoke("generate", "abc", *flags, "--in-process", "--backend", "mock")
     assert result.exit_code == ExitCode.TIMEOUT
     assert result.stdout.startswith("def")
-    assert result.stderr == "gptjet: error: timed out after 0.4 s (--timeout)\n"
+    assert result.stderr == "gptjet: error: timed out after 2 s (--timeout)\n"
 
 
 async def test_a_server_that_goes_away_in_the_middle_is_a_failure_after_what_came(

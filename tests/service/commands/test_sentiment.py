@@ -210,7 +210,8 @@ async def test_killed_and_started_again_each_row_is_there_once(
     start_server: Any, start_cli: Start, invoke: Invoke, reviews: Path, tmp_path: Path
 ) -> None:
     """Twice, in the middle of a run that would take some seconds."""
-    running = await start_server(backend=MockBackend(decode_ms=2))
+    backend = MockBackend(decode_ms=8)
+    running = await start_server(backend=backend)
     out = tmp_path / "out.csv"
     command = ("sentiment", "--file", str(reviews), "--out", str(out), "--server", running.target)
     for rows in (5, 30):
@@ -219,6 +220,7 @@ async def test_killed_and_started_again_each_row_is_there_once(
         process.send_signal(signal.SIGKILL)
         assert await process.wait() == -signal.SIGKILL
         assert not out.exists()
+    backend._decode_s = 0.0
     result = await invoke(*command, "--json")
     assert result.exit_code == ExitCode.OK, result.output
     assert 30 <= json.loads(result.stdout)["resumed"] < 100
@@ -257,7 +259,7 @@ async def test_a_server_that_is_killed_leaves_what_is_done_and_a_word_on_how_to_
 async def test_interrupted_it_says_how_to_go_on(
     start_server: Any, start_cli: Start, reviews: Path, tmp_path: Path
 ) -> None:
-    running = await start_server(backend=MockBackend(decode_ms=2))
+    running = await start_server(backend=MockBackend(decode_ms=20))
     out = tmp_path / "out.csv"
     process = await start_cli(
         *("sentiment", "--file", str(reviews), "--out", str(out), "--server", running.target)

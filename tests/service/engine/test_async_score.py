@@ -51,7 +51,7 @@ def assert_empty(engine: AsyncEngine) -> None:
     assert manager.num_free_blocks == manager.num_blocks
     assert isinstance(engine.engine.backend, MockBackend)
     assert engine.engine.backend.cached == {}
-    assert not engine._score_key_of
+    assert not engine._callers
 
 
 def score(prompt: str, *candidates: str, **options: Any) -> ScoreRequest:
@@ -71,7 +71,7 @@ async def test_score_ends_with_its_result(start: Start) -> None:
 
 
 async def test_score_cancelled_while_it_waits_and_while_it_runs(start: Start) -> None:
-    engine = await start(MockBackend(decode_ms=5))
+    engine = await start(MockBackend(decode_ms=50))
     runs = engine.submit_score(score("ab", *["c"] * 64))
     waits = engine.submit_score(score("ab", "c"))
     while engine.num_running == 0:
@@ -97,7 +97,7 @@ async def test_whoever_stops_waiting_does_not_take_the_outcome_from_others(start
 
 
 async def test_queue_is_shared_with_generation(start: Start) -> None:
-    engine = await start(MockBackend(max_sequences=1, decode_ms=1), max_queue_size=2)
+    engine = await start(MockBackend(max_sequences=1, decode_ms=20), max_queue_size=2)
     stream = engine.submit(new_request((97,), SamplingParams(max_new_tokens=300)))
     await anext(stream)
     calls = [engine.submit_score(score("ab", "c")) for _ in range(2)]
@@ -138,7 +138,7 @@ async def test_drain_lets_scores_finish(start: Start) -> None:
 
 
 async def test_drain_cancels_scores_that_outlive_the_grace_period(start: Start) -> None:
-    engine = await start(MockBackend(decode_ms=20))
+    engine = await start(MockBackend(decode_ms=50))
     calls = [engine.submit_score(score("ab", *["c"] * 64)) for _ in range(2)]
     assert not await engine.drain(0.05)
     for call in calls:

@@ -248,16 +248,17 @@ def test_deltas_add_up_to_the_text_before_the_stop_string(text, stop):
 
 
 def test_long_stop_strings_cost_nothing_until_they_match_and_little_then():
-    """The bad case of a naive search: 16 stop strings of 100 000 equal characters."""
+    """The bad case of a naive search: 16 stop strings of 100 000 equal characters. In seconds of
+    this process: what else the machine does is no part of it."""
     stop = tuple("a" * (100_000 + i) + "b" for i in range(16))
-    started = time.perf_counter()
+    started = time.process_time()
     matcher = StopMatcher(stop)
-    assert time.perf_counter() - started < 0.5
-    started = time.perf_counter()
+    assert time.process_time() - started < 0.5
+    started = time.process_time()
     text = "a" * 20_000 + "c"
     given_out = "".join(matcher.push(text[i : i + 4]) for i in range(0, len(text), 4))
     assert given_out == text
-    assert time.perf_counter() - started < 5
+    assert time.process_time() - started < 5
 
 
 # Tokenizers that are not byte-level

@@ -70,7 +70,7 @@ def test_stop_is_fine_before_start_and_twice() -> None:
 STOPPED = """
 import sys, time
 from gptjet.service.engine.watchdog import Watchdog
-watchdog = Watchdog(1.0, lambda stack: print("hung", flush=True))
+watchdog = Watchdog(2.0, lambda stack: print("hung", flush=True))
 watchdog.start()
 watchdog.begin()
 print("in a step", flush=True)
@@ -91,9 +91,9 @@ def test_a_process_that_was_stopped_meanwhile_is_not_taken_for_hung() -> None:
         assert process.stdout.readline() == "in a step\n"
         os.kill(process.pid, signal.SIGSTOP)
         time.sleep(3.0)
-        os.kill(process.pid, signal.SIGCONT)
-        process.stdin.write("\n")
+        process.stdin.write("\n")  # it finds this when it goes on
         process.stdin.flush()
+        os.kill(process.pid, signal.SIGCONT)
         assert process.stdout.readline() == "ended\n"
     finally:
         process.kill()

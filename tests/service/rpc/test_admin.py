@@ -299,7 +299,7 @@ async def test_a_grace_period_out_of_bounds_is_refused_and_nothing_drains(
 
 
 SCRIPT = """
-import sys
+import sys, time
 from pathlib import Path
 from gptjet.service.backends.factory import LoadedModel
 from gptjet.service.backends.mock import MockBackend
@@ -307,15 +307,24 @@ from gptjet.service.engine.tokenizer import ByteTokenizer
 from gptjet.service.config import load_config
 from gptjet.service.rpc.process import run
 
+class HeldBackend(MockBackend):
+    # No decode step ends while the file is there.
+    def decode(self, batch):
+        while Path(sys.argv[3]).exists():
+            time.sleep(0.01)
+        return super().decode(batch)
+
 config = load_config(port=0, port_file=Path(sys.argv[1]), admin_socket=Path(sys.argv[2]))
-sys.exit(run(config, loader=lambda _: LoadedModel(MockBackend(decode_ms=10), ByteTokenizer())))
+sys.exit(run(config, loader=lambda _: LoadedModel(HeldBackend(decode_ms=10), ByteTokenizer())))
 """
 
 
 @pytest.fixture
 def process(tmp_path: Path, socket_path: Path) -> Iterator[subprocess.Popen[str]]:
     environment = {k: v for k, v in os.environ.items() if not k.startswith("GPTJET_")}
-    command = [sys.executable, "-c", SCRIPT, str(tmp_path / "port"), str(socket_path)]
+    hold = tmp_path / "hold"
+    hold.touch()
+    command = [sys.executable, "-c", SCRIPT, str(tmp_path / "port"), str(socket_path), str(hold)]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as started:
         yield started
         started.kill()
@@ -337,7 +346,7 @@ def test_drain_ends_the_process_when_its_streams_have_ended(
 ) -> None:
     """And the SIGTERM that a supervisor sends after it is the first signal, not the second."""
     with connect(process, tmp_path / "port") as client, AdminClient(f"unix:{socket_path}") as admin:
-        stream = client.generate_stream("a", max_new_tokens=200)
+        stream = client.generate_stream("a", max_new_tokens=50)
         next(stream)
         drain = admin.drain()
         assert (drain.running, drain.waiting, drain.grace_s) == (1, 0, 30.0)
@@ -348,7 +357,8 @@ def test_drain_ends_the_process_when_its_streams_have_ended(
         process.send_signal(signal.SIGTERM)
         with pytest.raises(UnavailableError, match="draining"):
             client.generate("a")
-        assert len(list(stream)) == 199
+        (tmp_path / "hold").unlink()
+        assert len(list(stream)) == 49
     assert process.wait(PATIENCE_S) == 0
     assert process.stderr is not None
     log = process.stderr.read()
@@ -364,6 +374,7 @@ def test_drain_without_grace_cuts_streams_off(
         stream = client.generate_stream("a", max_new_tokens=500)
         next(stream)
         assert admin.drain(0.0).grace_s == 0.0
+        (tmp_path / "hold").unlink()
         with pytest.raises(UnavailableError):
             list(stream)
     assert process.wait(PATIENCE_S) == 0

@@ -107,7 +107,7 @@ def test_decode_steps_without_memory_fail_nobody(serve_process: Serve, paged: in
 def test_a_hung_step_tells_callers_then_health_and_exits_for_its_supervisor(
     serve_process: Serve,
 ) -> None:
-    flags = ("--step-timeout-s", "1", "--failure-grace-s", "2", "--max-sequences", "1")
+    flags = ("--step-timeout-s", "1", "--failure-grace-s", "5", "--max-sequences", "1")
     server = serve_process("mock:hang_at_step=5", *flags)
     with server.connect() as client, ThreadPoolExecutor(3) as pool:
         running = pool.submit(outcome, client, max_new_tokens=20)
@@ -130,7 +130,7 @@ def test_a_dead_engine_thread_tells_callers_and_exits_for_its_supervisor(
     serve_process: Serve,
 ) -> None:
     flags = ("--failure-grace-s", "0.5", "--max-sequences", "2")
-    server = serve_process("mock:die_at_step=30,decode_ms=2", *flags)
+    server = serve_process("mock:die_at_step=300,decode_ms=5", *flags)
     with server.connect() as client, ThreadPoolExecutor(6) as pool:
         results = list(pool.map(lambda _: outcome(client, max_new_tokens=400), range(6)))
     assert all(isinstance(result, InternalError | UnavailableError) for result in results)
@@ -168,7 +168,7 @@ class HangingBackend(MockBackend):
     """Decodes until `hang` is set, and then waits for `go_on`."""
 
     def __init__(self) -> None:
-        super().__init__(decode_ms=1)
+        super().__init__(decode_ms=20)
         self.hang, self.go_on = threading.Event(), threading.Event()
 
     def decode(self, batch: Any) -> Any:

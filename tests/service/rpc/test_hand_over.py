@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from gptjet.service.client import Client, HealthStatus, UnavailableError
+from gptjet.service.client import Client, UnavailableError
 
 Serve = Callable[..., Any]
 LOAD = Path(__file__).with_name("hand_over_load.py")
@@ -46,11 +45,21 @@ def load_process() -> Iterator[Callable[[str], subprocess.Popen[str]]]:
         process.communicate()
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+def until(condition: Callable[[], bool], log: Callable[[], str]) -> None:
+    end = time.monotonic() + PATIENCE_S
+    while not condition():
+        assert time.monotonic() < end, log()
+        time.sleep(0.02)
+
+
+def until_busy(server: Any) -> None:
+    """Until calls of the load have been served by this one, too."""
+    before = num_served(server)
+    until(lambda: num_served(server) > before + 20, server.text)
+
+
+def num_served(server: Any) -> int:
+    return str(server.text()).count("code=OK")
 
 
 def finish(load: subprocess.Popen[str]) -> dict[str, Any]:
@@ -62,38 +71,35 @@ def finish(load: subprocess.Popen[str]) -> dict[str, Any]:
 def test_two_hand_overs_under_load_fail_no_call(
     serve_process: Serve, load_process: Callable[[str], subprocess.Popen[str]]
 ) -> None:
-    port = free_port()
-    flags = ("--reuse-port", "--port", str(port), "--max-connection-age-s", "2")
+    flags = ("--reuse-port", "--max-connection-age-s", "2")
     model = "mock:decode_ms=2"
     server = serve_process(model, *flags)
-    server.wait_until_serving()
+    port = server.wait_until_serving()
     load = load_process(f"127.0.0.1:{port}")
-    time.sleep(1.0)
+    until_busy(server)
     for _ in range(2):
-        successor = serve_process(model, *flags)
+        successor = serve_process(model, *flags, "--port", str(port))
         successor.wait_until_serving()
-        time.sleep(1.0)  # both serve
+        until_busy(successor)  # both serve
+        until_busy(server)
         server.signal(signal.SIGTERM)
         assert server.wait() == 0, server.text()
         assert "all_finished=True" in server.text()
         assert "code=CANCELLED" not in server.text()
         server = successor
-        time.sleep(1.0)
+        until_busy(server)
     result = finish(load)
     assert result["failures"] == []
-    assert sum(result["counts"].values()) > 200, result
     assert all(result["counts"][kind] for kind in ("unary", "stream", "new_connection")), result
-    # The calls really went over.
-    assert server.text().count("code=OK") > 20
 
 
 async def test_the_successors_port_file_stays_when_the_old_server_goes(
     start_server: Any, tmp_path: Path
 ) -> None:
     port_file = tmp_path / "port"
-    settings = {"reuse_port": True, "port": free_port(), "port_file": port_file}
+    settings = {"reuse_port": True, "port_file": port_file}
     first = await start_server(**settings)
-    second = await start_server(**settings)
+    second = await start_server(**settings, port=first.server.port)
     await first.server.drain(0.0)
     assert port_file.read_text(encoding="ascii") == f"{second.server.port}\n"
     await second.server.drain(0.0)
@@ -102,9 +108,7 @@ async def test_the_successors_port_file_stays_when_the_old_server_goes(
 
 def test_a_successor_that_is_loading_gets_no_calls(serve_process: Serve) -> None:
     """It would refuse half of all callers; so it listens when it can serve."""
-    port = free_port()
-    old = serve_process("mock", "--reuse-port", "--port", str(port))
-    old.wait_until_serving()
+    port = serve_process("mock", "--reuse-port").wait_until_serving()
     loading = serve_process("mock:no=model", "--reuse-port", "--port", str(port))
     for _ in range(20):
         with Client(f"127.0.0.1:{port}", retry=None, timeout_s=PATIENCE_S) as client:
@@ -114,8 +118,7 @@ def test_a_successor_that_is_loading_gets_no_calls(serve_process: Serve) -> None
 
 
 def test_without_reuse_port_a_second_server_on_the_port_is_refused(serve_process: Serve) -> None:
-    port = free_port()
-    serve_process("mock", "--reuse-port", "--port", str(port)).wait_until_serving()
+    port = serve_process("mock", "--reuse-port").wait_until_serving()
     second = serve_process("mock", "--port", str(port))
     assert second.wait() == 2
     assert f"port {port} on 127.0.0.1 is in use" in second.text()
@@ -156,20 +159,19 @@ def test_sigterm_under_full_load_drains(
     server = serve_process("mock:decode_ms=5", "--max-sequences", "8")
     target = server.target
     load = load_process(target)
-    time.sleep(1.5)
+    until_busy(server)
     with Client(target, retry=None, timeout_s=PATIENCE_S) as client:
-        stream = client.generate_stream("a", max_new_tokens=200)
+        # Long enough that the load meets the server while it drains.
+        stream = client.generate_stream("a", max_new_tokens=400)
         next(stream)
         server.signal(signal.SIGTERM)
-        server.wait_for_health(client, HealthStatus.NOT_SERVING)
-        assert len(list(stream)) == 199
+        assert len(list(stream)) == 399
         assert stream.summary is not None
     assert server.wait() == 0
     log = server.text()
     assert "all_finished=True" in log
     assert "Traceback" not in log
     result = finish(load)
-    assert sum(result["counts"].values()) > 50, result
     # A call is either served or told that this server drains (or has gone): no other error.
     unexpected = [f for f in result["failures"] if "UNAVAILABLE" not in f]
     assert unexpected == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 import time
 from collections.abc import Awaitable, Callable
@@ -87,13 +88,25 @@ async def test_a_caller_that_does_not_read_is_cut_off_by_name_and_stalls_nobody(
 async def test_a_slow_reader_that_goes_on_reading_gets_everything(
     start_server: StartServer,
 ) -> None:
-    running = await start_server(max_unread_tokens=1_000_000, slow_reader_timeout_s=5.0)
+    backend = MockBackend()
+    running = await start_server(
+        backend=backend, max_unread_tokens=1_000_000, slow_reader_timeout_s=60.0
+    )
+    steps = 0
+    decode = backend.decode
+
+    def counted(batch: Any) -> Any:
+        nonlocal steps
+        steps += 1
+        return decode(batch)
+
+    backend.decode = counted  # type: ignore[method-assign]
     texts = [""] * 16
     num_messages = 0
     async with grpc.aio.insecure_channel(running.target, options=SMALL_WINDOW) as channel:
         stub: Any = pb_grpc.TextGenerationStub(channel)
         call = stub.GenerateStream(long_stream_request(300))
-        await running.until(lambda: running.server.engine.num_running == 1)
+        await running.until(lambda: steps >= 299)
         await running.until(lambda: running.server.engine.num_running == 0)  # it is done long ago
         summary = None
         async for message in call:
@@ -114,7 +127,7 @@ async def test_a_slow_reader_that_goes_on_reading_gets_everything(
 async def test_one_call_too_many_is_refused_by_name_and_probes_are_answered(
     start_server: StartServer,
 ) -> None:
-    running = await start_server(backend=MockBackend(decode_ms=5), max_concurrent_rpcs=2)
+    running = await start_server(backend=MockBackend(decode_ms=25), max_concurrent_rpcs=2)
     streams = [running.client.generate_stream("a", max_new_tokens=400) for _ in range(2)]
     for stream in streams:
         await anext(stream)
@@ -215,13 +228,12 @@ async def test_one_connection_too_many_is_closed_and_the_others_are_served(
 async def test_a_half_open_connection_is_closed(start_server: StartServer) -> None:
     running = await start_server(handshake_timeout_s=0.5)
     reader, writer = await asyncio.open_connection("127.0.0.1", running.server.port)
-    begun = time.monotonic()
     async with asyncio.timeout(20):
         while await reader.read(4096):  # the server's own settings come first
             pass
-    assert time.monotonic() - begun < 20
     writer.close()
-    await running.client.get_model()
+    # On a busy machine, a handshake may itself take as long; the next one is tried then.
+    await running.new_client().get_model()
 
 
 async def test_an_idle_connection_is_closed_and_its_caller_comes_back(
@@ -231,12 +243,10 @@ async def test_an_idle_connection_is_closed_and_its_caller_comes_back(
     async with grpc.aio.insecure_channel(running.target) as channel:
         stub: Any = pb_grpc.TextGenerationStub(channel)
         await stub.GetModel(pb.GetModelRequest())
-        state = channel.get_state()
-        assert state is grpc.ChannelConnectivity.READY
         async with asyncio.timeout(20):
-            while state is grpc.ChannelConnectivity.READY:
+            while (state := channel.get_state()) is grpc.ChannelConnectivity.READY:
                 await channel.wait_for_state_change(state)
-                state = channel.get_state()
+        assert state is grpc.ChannelConnectivity.IDLE
         await stub.GetModel(pb.GetModelRequest())
 
 
@@ -244,15 +254,16 @@ async def test_an_old_connection_is_replaced_without_a_failed_call(
     start_server: StartServer,
 ) -> None:
     running = await start_server(backend=MockBackend(decode_ms=1), max_connection_age_s=1.0)
-    peers = set()
-    end = time.monotonic() + 3.5
     stream = running.client.generate_stream("a", max_new_tokens=400)  # older than the connection
-    while time.monotonic() < end:
-        await running.client.generate("a", max_new_tokens=5)
+
+    def peers() -> set[str]:
+        return {line["peer"] for line in running.logs if line["event"] == "request"}
+
+    async with asyncio.timeout(60):
+        while len(peers()) < 3:
+            await running.client.generate("a", max_new_tokens=5)
     assert len([chunk async for chunk in stream]) > 0
     assert stream.summary is not None
-    peers = {line["peer"] for line in running.logs if line["event"] == "request"}
-    assert len(peers) >= 2
 
 
 async def test_a_caller_that_pings_too_often_is_disconnected(start_server: StartServer) -> None:
@@ -268,13 +279,15 @@ def ping_until_closed(raw: socket.socket) -> None:
     received = b""
     ping = b"\0\0\x08\x06\0\0\0\0\0" + b"12345678"
     for _ in range(50):
-        try:
+        with contextlib.suppress(OSError):  # closed: why can still be read
             raw.sendall(ping)
-            received += raw.recv(65536)
+        try:
+            more = raw.recv(65536)
         except OSError:
             break
-        if b"too_many_pings" in received:
-            return
+        received += more
+        if not more or b"too_many_pings" in received:
+            break
         time.sleep(0.02)
     assert b"too_many_pings" in received
 

@@ -33,8 +33,15 @@ from gptjet.service.engine.tokenizer import ByteTokenizer
 from gptjet.service.config import load_config
 from gptjet.service.rpc.process import run
 
-def slow_steps(config):
-    return LoadedModel(MockBackend(decode_ms=10), ByteTokenizer())
+class HeldBackend(MockBackend):
+    # No decode step ends while the file is there.
+    def decode(self, batch):
+        while Path(sys.argv[3]).exists():
+            time.sleep(0.01)
+        return super().decode(batch)
+
+def held_steps(config):
+    return LoadedModel(HeldBackend(), ByteTokenizer())
 
 def does_not_close(config):
     from gptjet.service.rpc.server import Server
@@ -58,10 +65,11 @@ class Process:
     """A server in a process of its own."""
 
     def __init__(self, folder: Path, loader: str) -> None:
-        self.port_file = folder / "port"
+        self.port_file, self.hold = folder / "port", folder / "hold"
+        self.hold.touch()
         environment = {k: v for k, v in os.environ.items() if not k.startswith("GPTJET_")}
         self.process = subprocess.Popen(
-            [sys.executable, "-c", SCRIPT, str(self.port_file), loader],
+            [sys.executable, "-c", SCRIPT, str(self.port_file), loader, str(self.hold)],
             stderr=subprocess.PIPE,
             text=True,
             env=environment | {"OMP_NUM_THREADS": "1"},
@@ -104,7 +112,7 @@ def start_process(tmp_path: Path) -> Iterator[Callable[[str], Process]]:
 
 
 def test_sigterm_drains_and_exits_0(start_process: Callable[[str], Process]) -> None:
-    server = start_process("slow_steps")
+    server = start_process("held_steps")
     with server.connect() as client:
         client.wait_until_serving(PATIENCE_S)
         stream = client.generate_stream("a", max_new_tokens=300)
@@ -114,6 +122,7 @@ def test_sigterm_drains_and_exits_0(start_process: Callable[[str], Process]) -> 
             time.sleep(0.01)
         with pytest.raises(UnavailableError, match="draining"):
             client.generate("a")
+        server.hold.unlink()
         assert len(list(stream)) == 299
         assert stream.summary is not None
         assert server.wait() == 0
@@ -160,7 +169,7 @@ async def test_a_bug_in_the_end_of_a_failed_start_does_not_hide_why_it_failed(
 
 
 def test_second_signal_exits_at_once(start_process: Callable[[str], Process]) -> None:
-    server = start_process("slow_steps")
+    server = start_process("held_steps")
     with server.connect() as client:
         client.wait_until_serving(PATIENCE_S)
         stream = client.generate_stream("a", max_new_tokens=500)

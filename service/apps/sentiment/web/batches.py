@@ -3,38 +3,41 @@
 from __future__ import annotations
 
 import asyncio
-from collections import deque
+import contextlib
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from gptjet.service.apps.sentiment.pipeline import (
+    ROW_ERRORS,
+    SERVER_ERRORS,
+    in_order,
+    while_server_works,
+)
 from gptjet.service.apps.sentiment.result import SentimentResult, TextError
 from gptjet.service.apps.sentiment.web.bodies import check_text
 from gptjet.service.apps.sentiment.web.errors import PageError
 from gptjet.service.apps.sentiment.web.events import problem_of
 from gptjet.service.apps.sentiment.web.source import Classifier
 from gptjet.service.apps.sentiment.web.tables import Row
-from gptjet.service.client import (
-    DeadlineExceededError,
-    InternalError,
-    InvalidRequestError,
-    QueueFullError,
-    ResourceExhaustedError,
-)
+from gptjet.service.client import QueueFullError, QuotaExceededError
 
 # A full queue empties; a row waits for that this often, as long as the server says each time.
 _MAX_QUEUE_WAITS = 60
-_ROW_ERRORS = (InvalidRequestError, InternalError, DeadlineExceededError)
 
 
 @dataclass(frozen=True, slots=True)
 class RowAnswer:
-    """One row's result, or what is wrong with that row."""
+    """One row's result, or what is wrong with that row.
+
+    `server_failed`: whether that is the server's fault; None where it was not asked.
+    """
 
     index: int
     row: Row
     result: SentimentResult | None
     error: str | None
+    server_failed: bool | None = None
 
     def fields(self) -> dict[str, Any]:
         """As the page reads it. The cells come back: the page shows and downloads them."""
@@ -68,27 +71,22 @@ async def classify_rows(
 ) -> AsyncGenerator[RowAnswer]:
     """Answers from row `first` on, in order. Raises GptjetError where no row can be answered.
 
-    A row that cannot be classified has an error of its own and the others go on. Closing it
-    cancels what runs.
+    A row that cannot be classified has an error of its own and the others go on; a server that
+    fails at many of them one after the other ends it with ServerGoneError, and the rows before
+    those are given. Closing it cancels what runs.
     """
-    waiting: deque[asyncio.Task[RowAnswer]] = deque()
-    try:
-        for index in range(first, len(rows)):
-            waiting.append(
-                asyncio.create_task(
-                    _answer(classifier, index, rows[index], column, seed=seed, max_chars=max_chars)
-                )
-            )
-            if len(waiting) == in_flight:
-                yield await waiting[0]
-                waiting.popleft()
-        while waiting:
-            yield await waiting[0]
-            waiting.popleft()
-    finally:
-        for task in waiting:
-            task.cancel()
-        await asyncio.gather(*waiting, return_exceptions=True)
+
+    async def answer(index: int) -> RowAnswer:
+        return await _answer(classifier, index, rows[index], column, seed=seed, max_chars=max_chars)
+
+    answers = while_server_works(
+        in_order(range(first, len(rows)), answer, in_flight),
+        lambda one: one.server_failed,
+        lambda one: f"line {one.row.line}: {one.error}",
+    )
+    async with contextlib.aclosing(answers):
+        async for one in answers:
+            yield one
 
 
 async def _answer(
@@ -97,13 +95,14 @@ async def _answer(
     text = row.cells[column] if column < len(row.cells) else ""
     try:
         check_text(text, max_chars, "text")
-        return RowAnswer(index, row, await _patiently(classifier, text, seed), None)
-    except (PageError, TextError, *_ROW_ERRORS) as error:
+        return RowAnswer(index, row, await _patiently(classifier, text, seed), None, False)
+    except (PageError, TextError) as error:
         return RowAnswer(index, row, None, problem_of(error).message)
-    except ResourceExhaustedError as error:
-        if isinstance(error, QueueFullError):
-            raise
-        return RowAnswer(index, row, None, problem_of(error).message)
+    except (QueueFullError, QuotaExceededError):
+        raise
+    except ROW_ERRORS as error:
+        failed = isinstance(error, SERVER_ERRORS)
+        return RowAnswer(index, row, None, problem_of(error).message, failed)
 
 
 async def _patiently(classifier: Classifier, text: str, seed: int) -> SentimentResult:

@@ -10,6 +10,7 @@ from typing import Any
 import grpc
 from sse_starlette import ServerSentEvent
 
+from gptjet.service.apps.sentiment.pipeline import ServerGoneError
 from gptjet.service.apps.sentiment.result import (
     ExplanationDelta,
     Finished,
@@ -24,13 +25,17 @@ from gptjet.service.client import (
     DeadlineExceededError,
     GptjetError,
     InvalidRequestError,
+    PermissionDeniedError,
+    PolicyBlockedError,
     QueueFullError,
+    QuotaExceededError,
     ResourceExhaustedError,
+    UnauthenticatedError,
     UnavailableError,
 )
 
 # What a classifier raises for reasons of its own; everything else is a bug and is logged as one.
-KNOWN_ERRORS = (GptjetError, TextError, TemplateError)
+KNOWN_ERRORS = (GptjetError, ServerGoneError, TextError, TemplateError)
 
 
 def sse(name: str, fields: dict[str, Any]) -> ServerSentEvent:
@@ -88,6 +93,13 @@ def problem_of(error: Exception) -> PageError:
                 "the model server is busy: too many requests are waiting",
                 retry_after_s=error.retry_after_s or 1.0,
             )
+        case QuotaExceededError():
+            return PageError(
+                503,
+                "quota",
+                "the quota of this page at the model server is used up",
+                retry_after_s=error.retry_after_s,
+            )
         case ResourceExhaustedError():
             return PageError(413, "too_long", "the text is too long for the model server")
         case UnavailableError() if error.retry_after_s is not None:
@@ -105,5 +117,17 @@ def problem_of(error: Exception) -> PageError:
             return PageError(
                 502, "unsupported", "the model server cannot score labels (no Score RPC)"
             )
+        case PolicyBlockedError():
+            return PageError(
+                403, "blocked", f"the model server's policy does not let this pass: {error.message}"
+            )
+        case UnauthenticatedError() | PermissionDeniedError():
+            return PageError(
+                502,
+                "no_access",
+                "the model server does not let this page in: its token is missing or not good",
+            )
+        case ServerGoneError():
+            return PageError(502, "failed", str(error))
         case _:
             return PageError(502, "failed", "the model server failed; its log has the reason")

@@ -22,7 +22,12 @@ from gptjet.service.apps.sentiment.batch import (
 from gptjet.service.apps.sentiment.classify import ClassifierOptions, SentimentClassifier
 from gptjet.service.apps.sentiment.pipeline import ServerGoneError
 from gptjet.service.apps.sentiment.template import load_template
-from gptjet.service.client import InternalError, ModelInfo
+from gptjet.service.client import (
+    InternalError,
+    ModelInfo,
+    PolicyBlockedError,
+    ResourceExhaustedError,
+)
 
 from .conftest import FakeClient, unavailable
 
@@ -171,6 +176,19 @@ async def test_a_row_that_the_server_refuses_is_a_bad_row(
         "",
         "line 3: text: must be at most 30 characters, got 40",
     ]
+
+
+async def test_a_row_that_a_policy_or_a_limit_of_the_server_stops_is_a_bad_row(
+    client: FakeClient, spec: BatchSpec
+) -> None:
+    blocked = PolicyBlockedError(grpc.StatusCode.PERMISSION_DENIED, "text: blocked by rule 'x'")
+    too_large = ResourceExhaustedError(grpc.StatusCode.RESOURCE_EXHAUSTED, "message too large")
+    client.errors = [blocked, too_large, too_large]  # what may pass is tried twice
+    summary = await classify_file(classifier_of(client), replace(spec, concurrency=1))
+    assert [line for line, _ in summary.errors] == [2, 3]
+    assert "rule 'x'" in summary.errors[0][1]
+    assert "message too large" in summary.errors[1][1]
+    assert summary.rows == 50
 
 
 async def test_a_journal_of_another_run_is_not_continued(

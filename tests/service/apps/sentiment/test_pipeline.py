@@ -17,7 +17,12 @@ from gptjet.service.apps.sentiment.pipeline import (
     in_order,
 )
 from gptjet.service.apps.sentiment.template import load_template
-from gptjet.service.client import InternalError, QueueFullError, UnavailableError
+from gptjet.service.client import (
+    InternalError,
+    QueueFullError,
+    QuotaExceededError,
+    UnavailableError,
+)
 
 from .conftest import FakeClient, unavailable
 
@@ -127,3 +132,17 @@ async def test_a_failure_of_the_server_is_tried_once_more(client: FakeClient) ->
     client.errors = [failure, failure]
     with pytest.raises(InternalError):
         await classify_patiently(classifier_of(client), "good")
+
+
+async def test_a_quota_is_waited_for_where_it_comes_back_and_ends_the_run_where_it_does_not(
+    client: FakeClient, pauses: list[float]
+) -> None:
+    refused = grpc.StatusCode.RESOURCE_EXHAUSTED
+    client.errors = [QuotaExceededError(refused, "1000 tokens a minute", retry_after_s=8.0)]
+    assert (await classify_patiently(classifier_of(client), "good")).label == "positive"
+    assert 8.0 <= sum(pauses) <= 12.0
+    pauses.clear()
+    client.errors = [QuotaExceededError(refused, "1000 tokens in all")]
+    with pytest.raises(ServerGoneError, match="the server refuses more: 1000 tokens in all"):
+        await classify_patiently(classifier_of(client), "good")
+    assert pauses == []

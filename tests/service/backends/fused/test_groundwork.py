@@ -102,7 +102,7 @@ def test_the_process_ends_with_the_one_that_started_it(
         parent.kill()
     import select
 
-    readable, _, _ = select.select([watched], [], [], 30)
+    readable, _, _ = select.select([watched], [], [], 120)
     os.close(watched)
     assert readable
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime, timedelta, tzinfo
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,17 @@ from gptjet.service.rpc.access.tokens_file import editing
 
 NAME = "gptjet.test"
 DAY = timedelta(days=1)
+
+
+def in_two_days() -> type[datetime]:
+    """In place of a module's `datetime`: its clock is two days ahead."""
+
+    class Ahead(datetime):
+        @classmethod
+        def now(cls, tz: tzinfo | None = None) -> datetime:  # type: ignore[override]
+            return datetime.now(tz) + 2 * DAY
+
+    return Ahead
 
 
 @dataclass(frozen=True)

@@ -209,13 +209,15 @@ async def test_a_place_is_free_again_however_the_rpc_ends(guarded: Any) -> None:
     )
     for way in ways * 2:
         await way()
+        # The server has seen, when it answers this, what was sent before and perhaps given up.
+        await client.health()
         await server.until_idle()
         assert server.quota.in_flight == 0, way.__name__
     await server.running.until(lambda: not backend.cached)
 
 
 async def test_one_more_than_the_concurrent_streams_is_refused(guarded: Any) -> None:
-    server = await guarded({"concurrent_streams": 2}, backend=MockBackend(decode_ms=5))
+    server = await guarded({"concurrent_streams": 2}, backend=MockBackend(decode_ms=25))
     streams = [server.client.generate_stream("a", max_new_tokens=400) for _ in range(2)]
     for stream in streams:
         await anext(stream)
@@ -230,7 +232,7 @@ async def test_one_more_than_the_concurrent_streams_is_refused(guarded: Any) -> 
 async def test_what_the_engine_refuses_gets_its_reservation_back(guarded: Any) -> None:
     server = await guarded(
         {"tokens_per_minute": 1000},
-        backend=MockBackend(decode_ms=5, max_sequences=1),
+        backend=MockBackend(decode_ms=25, max_sequences=1),
         max_sequences=1,
         max_queue_size=1,
     )
@@ -259,7 +261,7 @@ async def test_what_is_cancelled_while_it_waits_costs_its_prompt_or_the_whole_sc
     """As quota.py says: work that a caller queues and drops is not free."""
     server = await guarded(
         {"tokens_per_minute": 1000},
-        backend=MockBackend(decode_ms=5, max_sequences=1),
+        backend=MockBackend(decode_ms=25, max_sequences=1),
         max_sequences=1,
     )
     other = server.running.server

@@ -327,7 +327,24 @@ class Browser:
         ]
 
 
+def wait_until(condition: Callable[[], Any]) -> None:
+    """As `until`, for tests that drive a browser."""
+    end = time.monotonic() + 3 * PATIENCE_S
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
 @pytest.fixture
 def browser(chromium: Any) -> Browser:
     chromium.get_log("browser")  # of the test before
     return Browser(chromium)
+
+
+@pytest.fixture
+def quiet_console(browser: Browser) -> Iterator[None]:
+    """Whatever a test does, the console stays empty: no script error, no breach of the policy."""
+    yield
+    # A refusal and a server that is away are loads that fail; the tests that make one expect it.
+    loads = ("Failed to load resource", "net::ERR_")
+    assert [c for c in browser.complaints() if not any(load in c for load in loads)] == []

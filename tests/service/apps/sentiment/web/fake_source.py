@@ -24,7 +24,13 @@ from gptjet.service.apps.sentiment.result import (
 )
 from gptjet.service.apps.sentiment.template import PromptTemplate, load_template
 from gptjet.service.apps.sentiment.web.source import SourceState
-from gptjet.service.client import ModelInfo, ParityVerdict, QueueFullError, UnavailableError
+from gptjet.service.client import (
+    InternalError,
+    ModelInfo,
+    ParityVerdict,
+    QueueFullError,
+    UnavailableError,
+)
 
 MODEL = ModelInfo(
     name="fake-gptj",
@@ -69,6 +75,7 @@ class FakeSource:
     closed    texts whose stream was closed before its end
     asked     (text, template, seed, explain) of every answer
     queue_full, away   how many of the next answers find the queue full, or nobody
+    raises    what an answer to a text raises, by the text
     """
 
     templates: tuple[PromptTemplate, ...] = field(
@@ -82,6 +89,7 @@ class FakeSource:
     away: int = 0
     times_lost: int = 0
     hold: asyncio.Event | None = None
+    raises: dict[str, Exception] = field(default_factory=dict)
     closed: list[str] = field(default_factory=list)
     asked: list[tuple[str, str, int, bool]] = field(default_factory=list)
 
@@ -110,7 +118,8 @@ class FakeSource:
 @dataclass
 class FakeClassifier:
     """[die]: the server is gone after a few words; [refuse]: a TextError; [bug]: a ValueError;
-    [parts]: was split in three; [missing]: names a word that the text has not."""
+    [fail]: the server fails; [parts]: was split in three; [missing]: names a word that the text
+    has not."""
 
     source: FakeSource
     template: PromptTemplate
@@ -127,6 +136,10 @@ class FakeClassifier:
             raise QueueFullError(grpc.StatusCode.RESOURCE_EXHAUSTED, "full", (), 0.01)
         if "[refuse]" in text:
             raise TextError("text: is refused for the test")
+        if "[fail]" in text:
+            raise InternalError(grpc.StatusCode.INTERNAL, "error id 5 at 10.1.2.3")
+        if text in source.raises:
+            raise source.raises[text]
         if "[bug]" in text:
             raise ValueError("a bug with secret details")
         source.running += 1

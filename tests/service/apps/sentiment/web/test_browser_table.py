@@ -4,26 +4,20 @@ from __future__ import annotations
 
 import csv
 import io
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-pytestmark = pytest.mark.xdist_group("chromium")
+from .conftest import wait_until
+
+pytestmark = [pytest.mark.xdist_group("chromium"), pytest.mark.usefixtures("quiet_console")]
 
 LivePage = Any
 Browser = Any
 FITS = "document.documentElement.scrollWidth <= document.documentElement.clientWidth"
 HTML = "<img src=x onerror=\"document.title='owned'\">"
 DONE = "document.querySelector('#table-note').textContent.includes('done')"
-
-
-@pytest.fixture(autouse=True)
-def _no_complaints(browser: Browser) -> Any:
-    yield
-    loads = ("Failed to load resource", "net::ERR_")
-    assert [c for c in browser.complaints() if not any(load in c for load in loads)] == []
 
 
 @pytest.fixture
@@ -44,16 +38,9 @@ def rows_shown(browser: Browser) -> list[list[str]]:
     )
 
 
-def until(condition: Any) -> None:
-    end = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.02)
-
-
 def downloaded(browser: Browser, name: str) -> list[list[str]]:
     path = browser.driver.downloads / name
-    until(path.exists)
+    wait_until(path.exists)
     content = path.read_bytes()
     path.unlink()
     return list(csv.reader(io.StringIO(content.decode("utf-8-sig"), newline="")))
@@ -156,7 +143,7 @@ def test_progress_is_shown_and_cancel_stops_the_rows_and_continue_goes_on(
     assert browser.is_shown("#table-cancel")
     browser.click("#table-cancel")
     browser.until("!document.querySelector('#table-continue').hidden")
-    until(lambda: page.source.running == 0)
+    wait_until(lambda: page.source.running == 0)
     kept = browser.js("document.querySelector('#progress').value")
     assert 4 <= kept < 60
     assert browser.text("#table-note") == f"Cancelled. {kept} of 60 rows are done and kept."

@@ -5,9 +5,16 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+import grpc
 import pytest
 
 from gptjet.service.apps.sentiment.web.events import answer_events
+from gptjet.service.client import (
+    PermissionDeniedError,
+    PolicyBlockedError,
+    QuotaExceededError,
+    UnauthenticatedError,
+)
 
 OpenPage = Any
 Until = Any
@@ -75,6 +82,40 @@ async def test_a_server_that_goes_away_in_the_middle_is_told_after_the_words_tha
     assert (error["code"], error["retry_after_s"]) == ("gone", 2.0)
     assert error["message"] == "the model server does not answer"  # and no address of its
     assert page.source.times_lost == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (
+            QuotaExceededError(grpc.StatusCode.RESOURCE_EXHAUSTED, "tokens of web: 5", (), 30.0),
+            "quota",
+            "the quota of this page at the model server is used up",
+        ),
+        (
+            PolicyBlockedError(grpc.StatusCode.PERMISSION_DENIED, "text: blocked by rule 'x'"),
+            "blocked",
+            "the model server's policy does not let this pass: text: blocked by rule 'x'",
+        ),
+        (
+            UnauthenticatedError(grpc.StatusCode.UNAUTHENTICATED, "no token"),
+            "no_access",
+            "the model server does not let this page in: its token is missing or not good",
+        ),
+        (
+            PermissionDeniedError(grpc.StatusCode.PERMISSION_DENIED, "scope score"),
+            "no_access",
+            "the model server does not let this page in: its token is missing or not good",
+        ),
+    ],
+)
+async def test_what_the_server_does_not_allow_is_told_as_that_and_not_as_its_failure(
+    open_page: OpenPage, error: Exception, code: str, message: str
+) -> None:
+    page = await open_page()
+    page.source.raises["wonderful"] = error
+    ((name, fields),) = await page.classify("wonderful")
+    assert (name, fields["code"], fields["message"]) == ("error", code, message)
 
 
 @pytest.mark.parametrize(

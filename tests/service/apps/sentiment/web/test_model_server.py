@@ -65,7 +65,7 @@ def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
 async def test_a_port_that_was_taken_and_a_fork_that_failed_are_tried_again() -> None:
     no_memory = OSError(errno.ENOMEM, "Cannot allocate memory")
     server = ScriptedServer([(-9, True), (2, False), no_memory, (2, False), (None, True)])
-    async with server, asyncio.timeout(10):
+    async with server, asyncio.timeout(60):
         await server.settled.wait()
         assert server.error is None
     assert server.script == []
@@ -75,7 +75,7 @@ async def test_a_port_that_was_taken_and_a_fork_that_failed_are_tried_again() ->
 
 async def test_a_model_that_cannot_be_loaded_after_a_restart_is_given_up() -> None:
     server = ScriptedServer([(-9, True), (2, True)])
-    async with server, asyncio.timeout(10):
+    async with server, asyncio.timeout(60):
         await server.settled.wait()
     assert server.error is not None
     assert server.error.exit_code == 2

@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+import grpc
 import pytest
 
 from gptjet.service.apps.sentiment.web.batches import classify_rows
 from gptjet.service.apps.sentiment.web.errors import PageError
 from gptjet.service.apps.sentiment.web.tables import read_table
+from gptjet.service.client import PolicyBlockedError
 
 OpenPage = Any
 Until = Any
@@ -175,6 +177,60 @@ async def test_a_server_that_goes_away_ends_the_rows_and_they_can_be_continued(
     assert [fields["index"] for name, fields in again if name == "row"] == [1, 2]
 
 
+async def test_a_server_that_fails_at_row_after_row_ends_the_file_and_keeps_the_rows_before(
+    open_page: OpenPage,
+) -> None:
+    page = await open_page(rows_in_flight=2)
+    lines = ["wonderful", "awful", *(["[fail]"] * 20), "fine"]
+    content = "\n".join(["text", *lines]).encode()
+    events = await page.events("/api/table/classify", content=content, headers=CSV)
+    assert [name for name, _ in events] == ["start", "row", "row", "error"]
+    assert events[-1][1]["code"] == "failed"
+    assert events[-1][1]["message"] == (
+        "the server fails: 5 rows one after the other, the last on line 8: "
+        "the model server failed; its log has the reason"
+    )
+    assert len(page.source.asked) < 20
+    again = await page.events(
+        "/api/table/classify?first=2", content=content.replace(b"[fail]", b"plain"), headers=CSV
+    )
+    assert [fields["index"] for name, fields in again if name == "row"] == list(range(2, 23))
+
+
+async def test_a_few_rows_that_the_server_fails_at_have_an_error_and_the_rest_goes_on(
+    open_page: OpenPage,
+) -> None:
+    page = await open_page()
+    # A row that is not asked about says nothing of the server: it neither counts nor makes good.
+    lines = [*(["[fail]"] * 4), "awful", *(["[fail]"] * 3), " ", "[fail]"]
+    content = "\n".join(["text,n", *(f"{line},1" for line in lines)]).encode()
+    events = await page.events("/api/table/classify", content=content, headers=CSV)
+    rows = [fields for name, fields in events if name == "row"]
+    assert [row["index"] for row in rows] == list(range(10))
+    assert [bool(row["error"]) for row in rows] == [True] * 4 + [False] + [True] * 5
+    assert events[-1][0] == "end"
+
+
+async def test_a_row_that_the_servers_policy_blocks_has_an_error_and_the_rest_goes_on(
+    open_page: OpenPage,
+) -> None:
+    page = await open_page()
+    page.source.raises["awful"] = PolicyBlockedError(
+        grpc.StatusCode.PERMISSION_DENIED, "text: blocked by the input policy, rule 'slurs'"
+    )
+    events = await page.events(
+        "/api/table/classify", content=b"text\nwonderful\nawful\nfine\n", headers=CSV
+    )
+    rows = [fields for name, fields in events if name == "row"]
+    assert [row["error"] for row in rows] == [
+        None,
+        "the model server's policy does not let this pass: "
+        "text: blocked by the input policy, rule 'slurs'",
+        None,
+    ]
+    assert events[-1][0] == "end"
+
+
 async def test_leaving_a_file_cancels_the_rows_that_run_and_starts_no_more(
     open_page: OpenPage, until: Until
 ) -> None:
@@ -192,7 +248,7 @@ async def test_leaving_a_file_cancels_the_rows_that_run_and_starts_no_more(
 
 
 async def test_closing_the_rows_ends_those_that_run_before_it_returns(source: Any) -> None:
-    rows = read("wonderful.\nawful.\nfine.\n", has_header=False).rows
+    rows = read("wonderful.\n" * 20, has_header=False).rows  # more than may wait, finished
     source.hold = asyncio.Event()
     source.hold.set()
     classifier = source.classifier(source.templates[0], explain=False)
