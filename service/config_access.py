@@ -60,7 +60,8 @@ class AccessSettings(BaseModel):
         ge=0.05,
         le=3600.0,
         description="look this often whether certificates and tokens_file have changed; what "
-        "cannot be used is logged, and the old one stays (a look costs next to nothing)",
+        "cannot be used is logged, and the old one stays (a look costs next to nothing). Running "
+        "calls of a token that is revoked, removed or expired end then, too",
     )
 
     # Administration

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Self
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 
 class ObservabilitySettings(BaseModel):
@@ -22,8 +24,21 @@ class ObservabilitySettings(BaseModel):
     metrics_host: str = Field(
         default="127.0.0.1",
         min_length=1,
-        description="address of the metrics (loopback, as they have no access control; 0.0.0.0 "
-        "where Prometheus runs elsewhere)",
+        description="address of the metrics (loopback, as anyone may read them unless "
+        "metrics_tls_client_ca is given; 0.0.0.0 where Prometheus runs elsewhere)",
+    )
+    metrics_tls_cert: Path | None = Field(
+        default=None,
+        description="PEM certificate chain of the metrics port, may be tls_cert's; given with "
+        "metrics_tls_key it turns HTTPS on. Read again for each scrape",
+    )
+    metrics_tls_key: Path | None = Field(
+        default=None, description="PEM private key of metrics_tls_cert"
+    )
+    metrics_tls_client_ca: Path | None = Field(
+        default=None,
+        description="PEM roots; Prometheus must show a certificate signed by one (the metrics port "
+        "knows no bearer tokens)",
     )
     otlp_endpoint: str | None = Field(
         default=None,
@@ -37,6 +52,16 @@ class ObservabilitySettings(BaseModel):
         description="share of the requests that are traced, of those whose caller has not decided "
         "it in its trace context",
     )
+
+    @model_validator(mode="after")
+    def _metrics_tls_files_belong_together(self) -> Self:
+        if (self.metrics_tls_cert is None) != (self.metrics_tls_key is None):
+            raise ValueError("metrics_tls_cert and metrics_tls_key must be given together")
+        if self.metrics_tls_client_ca is not None and self.metrics_tls_cert is None:
+            raise ValueError("metrics_tls_client_ca needs metrics_tls_cert and metrics_tls_key")
+        if self.metrics_tls_cert is not None and self.metrics_port is None:
+            raise ValueError("metrics_tls_cert needs metrics_port")
+        return self
 
     @field_validator("otlp_endpoint")
     @classmethod

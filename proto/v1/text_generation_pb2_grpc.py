@@ -33,7 +33,8 @@ class TextGenerationStub(object):
     the caller's token, which limit) says that RESOURCE_EXHAUSTED is not the server being full.
 
     Where the server has access control, each call carries the metadata "authorization: Bearer <token>".
-    Without a good one it ends with UNAUTHENTICATED, without the right with PERMISSION_DENIED.
+    Without a good one it ends with UNAUTHENTICATED, without the right with PERMISSION_DENIED; so does
+    one that runs when its token is revoked or expires.
     """
 
     def __init__(self, channel):
@@ -82,7 +83,8 @@ class TextGenerationServicer(object):
     the caller's token, which limit) says that RESOURCE_EXHAUSTED is not the server being full.
 
     Where the server has access control, each call carries the metadata "authorization: Bearer <token>".
-    Without a good one it ends with UNAUTHENTICATED, without the right with PERMISSION_DENIED.
+    Without a good one it ends with UNAUTHENTICATED, without the right with PERMISSION_DENIED; so does
+    one that runs when its token is revoked or expires.
     """
 
     def Generate(self, request, context):
@@ -179,7 +181,8 @@ class TextGeneration(object):
     the caller's token, which limit) says that RESOURCE_EXHAUSTED is not the server being full.
 
     Where the server has access control, each call carries the metadata "authorization: Bearer <token>".
-    Without a good one it ends with UNAUTHENTICATED, without the right with PERMISSION_DENIED.
+    Without a good one it ends with UNAUTHENTICATED, without the right with PERMISSION_DENIED; so does
+    one that runs when its token is revoked or expires.
     """
 
     @staticmethod

@@ -36,7 +36,8 @@ class TextGenerationStub:
     the caller's token, which limit) says that RESOURCE_EXHAUSTED is not the server being full.
 
     Where the server has access control, each call carries the metadata "authorization: Bearer <token>".
-    Without a good one it ends with UNAUTHENTICATED, without the right with PERMISSION_DENIED.
+    Without a good one it ends with UNAUTHENTICATED, without the right with PERMISSION_DENIED; so does
+    one that runs when its token is revoked or expires.
     """
 
     @_typing.overload
@@ -70,7 +71,8 @@ class TextGenerationAsyncStub(TextGenerationStub):
     the caller's token, which limit) says that RESOURCE_EXHAUSTED is not the server being full.
 
     Where the server has access control, each call carries the metadata "authorization: Bearer <token>".
-    Without a good one it ends with UNAUTHENTICATED, without the right with PERMISSION_DENIED.
+    Without a good one it ends with UNAUTHENTICATED, without the right with PERMISSION_DENIED; so does
+    one that runs when its token is revoked or expires.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -100,7 +102,8 @@ class TextGenerationServicer(metaclass=_abc_1.ABCMeta):
     the caller's token, which limit) says that RESOURCE_EXHAUSTED is not the server being full.
 
     Where the server has access control, each call carries the metadata "authorization: Bearer <token>".
-    Without a good one it ends with UNAUTHENTICATED, without the right with PERMISSION_DENIED.
+    Without a good one it ends with UNAUTHENTICATED, without the right with PERMISSION_DENIED; so does
+    one that runs when its token is revoked or expires.
     """
 
     @_abc_1.abstractmethod

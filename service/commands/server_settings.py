@@ -69,7 +69,11 @@ _PANELS = {
         "reflection",
     ),
     "TLS": ("tls_cert", "tls_key", "tls_client_ca"),
-    "Observability": ("metrics_port", "metrics_host", "otlp_endpoint", "trace_sample_ratio"),
+    "Observability": (
+        *("metrics_port", "metrics_host"),
+        *("metrics_tls_cert", "metrics_tls_key", "metrics_tls_client_ca"),
+        *("otlp_endpoint", "trace_sample_ratio"),
+    ),
     "Access": (
         "tokens_file",
         "open_health",

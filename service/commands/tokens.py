@@ -151,7 +151,10 @@ def revoke(
     *,
     file: _File,
 ) -> None:
-    """Make a token good for nothing. It stays in the file, so that logs can be understood."""
+    """Make a token good for nothing, its running calls ended by the servers that read the file.
+
+    It stays in the file, so that logs can be understood.
+    """
     from gptjet.service.rpc.access.tokens_file import editing
 
     now = datetime.now(UTC).replace(microsecond=0)

@@ -14,6 +14,7 @@ from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 from prometheus_client import CollectorRegistry, make_wsgi_app
 
 from gptjet.service.observability.errors import ObservabilityError
+from gptjet.service.observability.tls import MetricsTls, MetricsTlsFiles
 
 logger = logging.getLogger(__name__)
 
@@ -28,8 +29,15 @@ _App = Callable[[dict[str, Any], Callable[..., Any]], Iterable[bytes]]
 class MetricsServer:
     """Serves a registry from a thread of its own, from construction until `close`."""
 
-    def __init__(self, host: str, port: int, registry: CollectorRegistry) -> None:
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        registry: CollectorRegistry,
+        tls: MetricsTlsFiles | None = None,
+    ) -> None:
         """Port 0 chooses one. Raises ObservabilityError where it cannot listen."""
+        secure = None if tls is None else MetricsTls(tls)
         try:
             family, *_, address = socket.getaddrinfo(
                 host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -39,7 +47,7 @@ class MetricsServer:
                 f"cannot serve metrics on {host}: {error.strerror or error}; see --metrics-host"
             ) from error
         try:
-            self._http = _Server(family, address, _only_metrics(make_wsgi_app(registry)))
+            self._http = _Server(family, address, _only_metrics(make_wsgi_app(registry)), secure)
         except OSError as error:
             if error.errno == errno.EADDRINUSE:
                 reason = f"port {port} on {host} is in use; choose another with --metrics-port"
@@ -69,8 +77,11 @@ class _Handler(WSGIRequestHandler):
 class _Server(ThreadingMixIn, WSGIServer):
     daemon_threads = True
 
-    def __init__(self, family: socket.AddressFamily, address: Any, app: _App) -> None:
+    def __init__(
+        self, family: socket.AddressFamily, address: Any, app: _App, tls: MetricsTls | None
+    ) -> None:
         self.address_family = family
+        self._tls = tls
         self._slots = threading.BoundedSemaphore(_MAX_CONNECTIONS)
         super().__init__(address, _Handler)
         self.set_app(app)
@@ -94,6 +105,16 @@ class _Server(ThreadingMixIn, WSGIServer):
             super().process_request_thread(request, client_address)
         finally:
             self._slots.release()
+
+    def finish_request(self, request: Any, client_address: Any) -> None:
+        """Shake hands in the connection's own thread: a client that does not holds up nobody."""
+        if self._tls is None:
+            super().finish_request(request, client_address)
+            return
+        request.settimeout(_CLIENT_TIMEOUT_S)
+        # `request` is an empty shell from here on, which its caller closes.
+        with self._tls.context().wrap_socket(request, server_side=True) as secure:
+            super().finish_request(secure, client_address)
 
     def handle_error(self, _request: Any, client_address: Any) -> None:
         """A client that goes away or says nothing is its own business."""

@@ -33,13 +33,23 @@ class Observability:
         """For the AsyncEngine; the metrics are its step observer too."""
         return tuple(one for one in (self.metrics, self.tracing) if one is not None)
 
-    def listen(self, host: str, port: int) -> None:
-        """Serve the metrics. Raises ObservabilityError."""
+    def listen(self, config: ServerConfig) -> str:
+        """Serve the metrics; "http" or "https". Raises ObservabilityError."""
         from gptjet.service.observability.exposition import MetricsServer
+        from gptjet.service.observability.tls import MetricsTlsFiles
 
         assert self.metrics is not None
-        self._http = MetricsServer(host, port, self.metrics.registry)
+        assert config.metrics_port is not None
+        tls = None
+        if config.metrics_tls_cert is not None and config.metrics_tls_key is not None:
+            tls = MetricsTlsFiles(
+                config.metrics_tls_cert, config.metrics_tls_key, config.metrics_tls_client_ca
+            )
+        self._http = MetricsServer(
+            config.metrics_host, config.metrics_port, self.metrics.registry, tls
+        )
         self.metrics_port = self._http.port
+        return "http" if tls is None else "https"
 
     def govern(self, governed: Governed) -> None:
         """Watch what a policy decides."""

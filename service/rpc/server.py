@@ -140,9 +140,9 @@ class Server:
         config = self.config
         if config.metrics_port is None:
             return
-        self.observability.listen(config.metrics_host, config.metrics_port)
-        port = self.observability.metrics_port
-        logger.info("metrics", url=f"http://{listen.address(config.metrics_host, port)}/metrics")
+        scheme = self.observability.listen(config)
+        address = listen.address(config.metrics_host, self.observability.metrics_port)
+        logger.info("metrics", url=f"{scheme}://{address}/metrics")
 
     def _note_refused(self, record: RequestRecord) -> None:
         self._refusals(record)

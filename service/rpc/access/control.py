@@ -115,6 +115,7 @@ class AccessControl:
         self._reloads: set[asyncio.Task[list[Reloaded]]] = set()
         self._watching: asyncio.Task[None] | None = None
         self._warned_of: datetime | None = None
+        self._guards: list[AccessInterceptor] = []
 
     def for_callers(self, service: str) -> list[grpc.aio.ServerInterceptor]:
         """In front of the port where callers connect; `service` is ours there."""
@@ -138,15 +139,15 @@ class AccessControl:
         """What stands in front of services that ask for these scopes: nothing without tokens."""
         if self.tokens is None:
             return []
-        return [
-            AccessInterceptor(
-                self.tokens.authenticate,
-                scopes,
-                open_services=open_services,
-                quotas=self.tokens.quotas if with_quotas else None,
-                on_refused=self._on_refused,
-            )
-        ]
+        guard = AccessInterceptor(
+            self.tokens.authenticate,
+            scopes,
+            open_services=open_services,
+            quotas=self.tokens.quotas if with_quotas else None,
+            on_refused=self._on_refused,
+        )
+        self._guards.append(guard)
+        return [guard]
 
     def start(self) -> None:
         """Look at the files every `access_reload_s` from now on, and warn of what is unsafe."""
@@ -193,7 +194,14 @@ class AccessControl:
             for reloadable in (self.certificates, self.tokens):
                 if reloadable is not None:
                     results.append(await self._reload_one(reloadable))
+            self._end_refused()
             return results
+
+    def _end_refused(self) -> None:
+        """End the running calls of tokens that are revoked, removed or over by the clock."""
+        ended = sum(guard.end_refused() for guard in self._guards)
+        if ended:
+            logger.warning("running calls ended: their tokens let nobody in any more", calls=ended)
 
     async def _reload_one(self, reloadable: _Reloadable) -> Reloaded:
         kind = reloadable.kind

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import inspect
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 from contextlib import aclosing
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, TypeAlias
 
@@ -70,6 +73,22 @@ class RefusalLog:
         )
 
 
+@dataclass(slots=True, eq=False)
+class _RunningCall:
+    """An RPC that was let in, and what ends it: `timeout` has no time of its own."""
+
+    shown: Any
+    scope: Scope | None
+    timeout: asyncio.Timeout
+    objection: EngineError | None = None
+
+    def end(self, objection: EngineError) -> None:
+        """Have its task end with this as soon as the event loop comes to it."""
+        if not self.timeout.expired():
+            self.objection = objection
+            self.timeout.reschedule(asyncio.get_running_loop().time())
+
+
 class AccessInterceptor(grpc.aio.ServerInterceptor):
     """Lets an RPC through to its handler once its token is good and has the right and the quota.
 
@@ -82,6 +101,7 @@ class AccessInterceptor(grpc.aio.ServerInterceptor):
 
     An RPC without a good token is refused before anything of its request is read. One with a good
     token is asked again when its request is there: a caller may send the headers long before it.
+    And by `end_refused`, for as long as it runs.
     Stands behind the RequestInterceptor, whose record it fills in.
     """
 
@@ -99,6 +119,21 @@ class AccessInterceptor(grpc.aio.ServerInterceptor):
         self._open_services = open_services
         self._quotas = quotas
         self._on_refused = RefusalLog() if on_refused is None else on_refused
+        self._running: set[_RunningCall] = set()
+
+    def end_refused(self) -> int:
+        """End the running RPCs whose token is good no more or has lost the right; their number.
+
+        Each ends with the status that a new one would be refused with. Reflection goes on.
+        """
+        ended = 0
+        for call in self._running:
+            try:
+                self._let_in(call.shown, call.scope)
+            except (UnauthenticatedError, PermissionDeniedError) as error:
+                call.end(type(error)(f"ended while it ran: {error}"))
+                ended += 1
+        return ended
 
     async def intercept_service(
         self, continuation: Callable[[_Details], Awaitable[Any]], handler_call_details: _Details
@@ -157,13 +192,30 @@ class AccessInterceptor(grpc.aio.ServerInterceptor):
         async def serve(request: Any, context: _Context) -> Any:
             token = self._let_in(shown, scope)
             _note_caller(token)
-            if quotas is None:
-                return await _run(behaviour, request, context)
-            with quotas.quota_of(token).admitted():
-                return await _run(behaviour, request, context)
+            with contextlib.ExitStack() as admitted:
+                if quotas is not None:
+                    admitted.enter_context(quotas.quota_of(token).admitted())
+                return await self._run_while_let_in(shown, scope, _run(behaviour, request, context))
 
         factory = _FACTORIES[handler.request_streaming, streams]
         return factory(serve, handler.request_deserializer, handler.response_serializer)
+
+    async def _run_while_let_in(
+        self, shown: Any, scope: Scope | None, work: Coroutine[Any, Any, Any]
+    ) -> Any:
+        """What `work` returns, unless `end_refused` ends it: then why, raised."""
+        call = _RunningCall(shown, scope, asyncio.timeout(None))
+        try:
+            async with call.timeout:
+                self._running.add(call)
+                try:
+                    return await work
+                finally:
+                    self._running.discard(call)
+        except TimeoutError:
+            if call.objection is None:
+                raise
+            raise call.objection from None
 
 
 def _behaviour_of(handler: _Handler) -> Any:

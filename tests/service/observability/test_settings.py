@@ -40,6 +40,41 @@ def test_flag_wins_over_environment_over_file_over_default(
     assert config.trace_sample_ratio == 1.0
 
 
+def test_tls_of_the_metrics_comes_from_any_source(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "gptjet.toml"
+    file.write_text(
+        'metrics_port = 1\nmetrics_tls_cert = "/f"\nmetrics_tls_key = "/f"\n', encoding="utf-8"
+    )
+    monkeypatch.setenv("GPTJET_METRICS_TLS_KEY", "/environment")
+    monkeypatch.setenv("GPTJET_METRICS_TLS_CLIENT_CA", "/environment")
+    config = load_config(file, metrics_tls_client_ca=Path("/flag"))
+    assert config.metrics_tls_cert == Path("/f")
+    assert config.metrics_tls_key == Path("/environment")
+    assert config.metrics_tls_client_ca == Path("/flag")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"metrics_tls_cert": "/c"}, "metrics_tls_cert and metrics_tls_key must be given together"),
+        ({"metrics_tls_key": "/k"}, "metrics_tls_cert and metrics_tls_key must be given together"),
+        ({"metrics_tls_client_ca": "/r"}, "metrics_tls_client_ca needs metrics_tls_cert"),
+        (
+            {"metrics_tls_cert": "/c", "metrics_tls_key": "/k", "metrics_port": None},
+            "metrics_tls_cert needs metrics_port",
+        ),
+    ],
+)
+def test_tls_of_the_metrics_that_would_not_be_used_is_refused(
+    settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(**{"metrics_port": 0} | settings)
+    assert message in str(caught.value)
+
+
 def test_everything_is_off_by_default_and_on_loopback() -> None:
     config = ServerConfig()
     assert (config.metrics_port, config.otlp_endpoint) == (None, None)

@@ -12,9 +12,12 @@ from typing import Any
 
 import grpc
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from gptjet.proto.v1 import text_generation_pb2 as pb
-from gptjet.service.client import UnauthenticatedError
+from gptjet.proto.v1 import text_generation_pb2_grpc as pb_grpc
+from gptjet.service.backends.mock import MockBackend
+from gptjet.service.client import GptjetError, UnauthenticatedError
 from gptjet.service.config import ServerConfig
 from gptjet.service.rpc.access import interceptor
 from gptjet.service.rpc.access.control import Outcome, Tokens
@@ -142,6 +145,139 @@ async def test_a_call_opened_before_its_token_ended_is_not_served(
         line = await running.request_line(method="Generate")
         assert line["code"] == expected.name
         assert "prompt_tokens" not in line
+
+
+def slow_backend() -> MockBackend:
+    """One whose longest stream takes ten seconds or more."""
+    return MockBackend(decode_ms=5, max_context=8192, num_kv_blocks=2048)
+
+
+_ENDS: dict[str, tuple[dict[str, Any] | None, grpc.StatusCode, str]] = {
+    "revoked": (
+        {"revoked": datetime(2026, 1, 1, tzinfo=UTC)},
+        grpc.StatusCode.UNAUTHENTICATED,
+        "ended while it ran: the token has been revoked",
+    ),
+    "removed": (
+        None,
+        grpc.StatusCode.UNAUTHENTICATED,
+        "ended while it ran: the token is not valid",
+    ),
+    "expired": (
+        {"expires": datetime(2026, 1, 1, tzinfo=UTC)},
+        grpc.StatusCode.UNAUTHENTICATED,
+        "ended while it ran: the token expired at 2026-01-01 00:00:00 UTC",
+    ),
+    "without the scope": (
+        {"scopes": ["admin"]},
+        grpc.StatusCode.PERMISSION_DENIED,
+        "ended while it ran: token leaver lacks the scope 'generate' (it has admin)",
+    ),
+}
+
+
+@pytest.mark.parametrize("change", _ENDS)
+async def test_a_running_stream_ends_with_its_token_and_others_do_not(
+    start_server: Any, tokens_file: Path, make_token: MakeToken, change: str
+) -> None:
+    update, code, message = _ENDS[change]
+    leaver, stayer = make_token("leaver", concurrent_streams=1), make_token("stayer")
+    running = await start_server(
+        backend=slow_backend(), tokens_file=tokens_file, access_reload_s=NEVER_S
+    )
+    left = running.new_client(token=leaver, retry=None).generate_stream("a", max_new_tokens=8000)
+    stays = running.new_client(token=stayer, retry=None).generate_stream("a", max_new_tokens=150)
+    await anext(left)
+    await anext(stays)
+    engine = running.server.engine
+    assert engine.num_running == 2
+    with editing(tokens_file) as tokens:
+        if update is None:
+            del tokens[0]
+        else:
+            tokens[0] = tokens[0].model_copy(update=update)
+    known = running.server.access.tokens
+    quota = known.quotas.quota_of(known.tokens.token[0])
+    await running.server.access.reload()
+    with pytest.raises(GptjetError) as caught:
+        async for _ in left:
+            pass
+    assert (caught.value.code, caught.value.message) == (code, message)
+    await running.until(lambda: quota.in_flight == 0)
+    line = await running.request_line(caller="leaver")
+    assert (line["code"], line["error"]) == (code.name, message)
+    assert line["finish_reason"] == "cancelled"
+    (ended,) = (line for line in running.logs if line["event"].startswith("running calls ended"))
+    assert ended["calls"] == 1
+    assert len([chunk async for chunk in stays]) == 149
+    await running.until(lambda: engine.num_running == 0)
+    manager = engine.engine.scheduler.block_manager
+    assert manager.num_free_blocks == manager.num_blocks
+
+
+@pytest.mark.parametrize("waits", ["Generate", "Score", "Watch"])
+async def test_a_call_that_waits_ends_with_its_token(
+    start_server: Any, tokens_file: Path, make_token: MakeToken, waits: str
+) -> None:
+    """In the queue, for its only answer, or for health to change."""
+    token = make_token("web")
+    running = await start_server(
+        backend=slow_backend(), tokens_file=tokens_file, access_reload_s=NEVER_S,
+        max_sequences=1,
+    )  # fmt: skip
+    holder = running.new_client(token=make_token("holder"), retry=None)
+    await running.server.access.reload()
+    held = holder.generate_stream("a", max_new_tokens=8000)
+    await anext(held)
+    metadata = (("authorization", f"Bearer {token}"),)
+    async with grpc.aio.insecure_channel(running.target) as channel:
+        stub: Any = pb_grpc.TextGenerationStub(channel)
+        calls = {
+            "Generate": lambda: stub.Generate(
+                pb.GenerateRequest(text="a"), metadata=metadata, timeout=60
+            ),
+            "Score": lambda: stub.Score(
+                pb.ScoreRequest(text="a" * 400, candidates=[{"text": "b" * 400}] * 64),
+                metadata=metadata,
+                timeout=60,
+            ),
+            "Watch": lambda: health_pb2_grpc.HealthStub(channel).Watch(
+                health_pb2.HealthCheckRequest(), metadata=metadata, timeout=60
+            ),
+        }
+        call = calls[waits]()
+        if waits == "Watch":
+            await call.read()
+        else:
+            await running.until(lambda: running.server.waiting + running.server.running == 2)
+        with editing(tokens_file) as tokens:
+            tokens[0] = tokens[0].model_copy(update={"revoked": datetime.now(UTC)})
+        await running.server.access.reload()
+        assert await call.code() is grpc.StatusCode.UNAUTHENTICATED
+        assert "revoked" in await call.details()
+    await running.until(lambda: running.server.waiting + running.server.running == 1)
+    assert await anext(held)
+    held.cancel()
+
+
+async def test_a_stream_outlives_its_token_by_no_more_than_a_look_at_the_file(
+    start_server: Any,
+    tokens_file: Path,
+    make_token: MakeToken,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    token = make_token("brief", expires=datetime.now(UTC) + timedelta(hours=1))
+    running = await start_server(
+        backend=slow_backend(), tokens_file=tokens_file, access_reload_s=0.05
+    )
+    client = running.new_client(token=token, retry=None, timeout_s=60.0)
+    stream = client.generate_stream("a", max_new_tokens=8000)
+    await anext(stream)
+    monkeypatch.setattr(interceptor, "datetime", in_two_days())
+    with pytest.raises(UnauthenticatedError, match="ended while it ran: the token expired at"):
+        async for _ in stream:
+            pass
+    await running.until(lambda: running.server.engine.num_running == 0)
 
 
 async def test_a_reload_that_its_caller_cancels_changes_the_limits_all_the_same(
