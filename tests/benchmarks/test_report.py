@@ -331,6 +331,34 @@ def test_nothing_to_report_is_an_error(tmp_path: Path) -> None:
         write_report([tmp_path / "missing.jsonl"], tmp_path / "out")
 
 
+def test_a_report_that_cannot_be_written_is_an_error_that_names_the_file(
+    write_results: ResultFile, tmp_path: Path
+) -> None:
+    in_the_way = tmp_path / "report"
+    in_the_way.write_text("mine", encoding="utf-8")
+    with pytest.raises(ReportError, match=r"report\.md cannot be written: "):
+        write_report([write_results("a", levels=T4)], in_the_way, with_plots=False)
+    assert in_the_way.read_text(encoding="utf-8") == "mine"
+
+
+def test_a_report_that_is_cut_off_leaves_no_half_file(
+    write_results: ResultFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C between the temporary file and its name: the old report stands, nothing lies about."""
+    files = [write_results("a", levels=T4)]
+    folder = tmp_path / "out"
+    write_report(files, folder, with_plots=False)
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write_report([write_results("b", levels=V100)], folder, with_plots=False)
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+
+
 def test_a_record_that_lacks_a_field_is_named(write_results: ResultFile, tmp_path: Path) -> None:
     file = write_results("a", levels=T4, inputs=[50], outputs=[50])
     lines = file.read_text().splitlines()
