@@ -47,17 +47,21 @@ def plan(
         float, typer.Option(help="memory of a card to keep free, in GiB", min=0.0)
     ] = 1.0,
     measure: Annotated[
-        bool, typer.Option("--measure", help="measure this machine's rates first (needs torch)")
+        bool,
+        typer.Option("--measure", help="measure this machine's rates first (needs torch); for cpu"),
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="as JSON")] = False,
 ) -> None:
     """Plan and print."""
     from gptjet.benchmarks.bandwidth import BandwidthError, measure_in_subprocess
-    from gptjet.benchmarks.config import ConfigError
+    from gptjet.benchmarks.config import ConfigError, load_config
     from gptjet.benchmarks.geometry import GeometryError
     from gptjet.benchmarks.plan import describe, make_plan
 
     try:
+        # Refused before a minute is spent on it.
+        if measure and load_config(card).hardware.bandwidth_gb_s is not None:
+            raise ConfigError(f"--measure is for hardware without a datasheet; {card} has one")
         made = make_plan(
             model,
             card,

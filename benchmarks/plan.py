@@ -136,6 +136,11 @@ def make_plan(
         notes.append("no rates are known for this hardware: --measure measures this machine's")
     if weight_type.matrix_rate not in hardware.matrix_tflops and hardware.matrix_tflops:
         notes.append(f"no {weight_type.matrix_rate} units: computed at the FP32 rate")
+    if cards > 1 and hardware.interconnect is None and rates is not None:
+        notes.append(
+            f"no interconnect is known for {hardware.name}: what two of them exchange under tensor "
+            f"parallel is taken to cost nothing"
+        )
     reserve = int(reserve_gib * GIB)
     job = _Job(geometry, weight_type, hardware, rates, length, memory - reserve)
     placements = [job.single()]

@@ -25,13 +25,16 @@ class ResultsError(Exception):
 class ResultsWriter:
     """Appends records to a file, made if it is missing. Use it as a context manager.
 
-    Raises ResultsError where another process is writing to it, and OSError.
+    Raises ResultsError where another process is writing to it, and where it cannot be written.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        except OSError as error:
+            raise ResultsError(f"{path} cannot be written: {error.strerror or error}") from error
         try:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -44,9 +47,14 @@ class ResultsWriter:
         record = {"schema": SCHEMA_VERSION, "kind": kind, **fields}
         line = json.dumps(record, separators=(",", ":"), allow_nan=False, ensure_ascii=False) + "\n"
         remaining = line.encode()
-        while remaining:
-            remaining = remaining[os.write(self._descriptor, remaining) :]
-        os.fsync(self._descriptor)
+        try:
+            while remaining:
+                remaining = remaining[os.write(self._descriptor, remaining) :]
+            os.fsync(self._descriptor)
+        except OSError as error:
+            raise ResultsError(
+                f"{self.path}: a record cannot be written: {error.strerror or error}"
+            ) from error
 
     def close(self) -> None:
         """Give the lock back."""

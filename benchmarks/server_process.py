@@ -97,6 +97,9 @@ class ServerProcess:
                 stderr=subprocess.STDOUT,
                 cwd=folder,
                 env=environment_without_settings(),
+                # Ctrl-C goes to a terminal's whole process group: the run in progress is to end
+                # well, and not to be recorded as a failure of a server that drains.
+                start_new_session=True,
             )
         try:
             self.target = self._wait(port_file, started + start_timeout_s)

@@ -18,6 +18,7 @@ from rich.live import Live
 from rich.text import Text
 
 from gptjet.benchmarks.environment import record_environment, utc_now
+from gptjet.benchmarks.files import check_can_be_written
 from gptjet.benchmarks.load import report
 from gptjet.benchmarks.load.coordinator import (
     InterruptedBeforeStartError,
@@ -29,7 +30,7 @@ from gptjet.benchmarks.load.coordinator import (
 from gptjet.benchmarks.load.flags import FlagError, LoadFlags
 from gptjet.benchmarks.load.generator import Counters
 from gptjet.benchmarks.load.measures import summarize
-from gptjet.benchmarks.load.plots import PlotError, draw_run
+from gptjet.benchmarks.load.plots import PlotError, check_can_draw, draw_run
 from gptjet.benchmarks.load.run_spec import RunSpec
 from gptjet.benchmarks.load.search import (
     LIMITED_BY_STOP,
@@ -104,18 +105,23 @@ def run_command(flags: LoadFlags, spec: RunSpec, model: ModelInfo) -> int:
         {"environment": record_environment(), "model": dataclasses.asdict(model)},
     )
     path = flags.out or Path(f"load-{re.sub('[^0-9TZ]', '', utc_now()[:19])}Z.jsonl")
+    # Before the run: what took so long to measure must not be lost for want of a folder.
+    check_can_be_written(path)
+    if flags.plot is not None:
+        check_can_draw()
+        check_can_be_written(flags.plot)
     if flags.find_rate:
         return _search(flags, spec, slo, session, path, console)
     result = asyncio.run(_run(spec))
     summary = summarize(result, slo)
     report.write_records(path, [session, *report.run_records(result, summary)])
-    if flags.plot:
-        draw_run(result, flags.plot)
     if flags.as_json:
         typer.echo(json.dumps(_without_histograms(summary.to_json()), indent=2))
     else:
         report.print_summary(console, summary)
         console.print(f"written: {path}", highlight=False, markup=False)
+    if flags.plot:
+        draw_run(result, flags.plot)
     if result.is_partial:
         return INTERRUPTED
     return OK if summary.succeeded else FAILURE
@@ -143,7 +149,14 @@ def _search(
         max_rate=flags.max_rate,
     )
     records: list[report.Record] = [session]
-    found = asyncio.run(_find(spec, slo, options, records, console))
+    try:
+        found = asyncio.run(_find(spec, slo, options, records, console))
+    except LoadError:
+        # A server that is gone between two probes takes the earlier ones with it nowhere.
+        if len(records) > 1:
+            report.write_records(path, records)
+            console.print(f"written, without a result: {path}", highlight=False, markup=False)
+        raise
     records.append(("load_search", {"slo": dataclasses.asdict(slo), **found.to_json()}))
     report.write_records(path, records)
     if flags.as_json:

@@ -209,6 +209,8 @@ def _objections(flags: LoadFlags) -> list[tuple[str, str]]:
         found.append(("processes", "more than --concurrency have nothing to do"))
     slo = (flags.slo_ttft_ms, flags.slo_tpot_ms, flags.slo_e2e_ms)
     if flags.find_rate:
+        if flags.plot is not None:
+            found.append(("plot", "it draws one run, a search makes many: leave it out"))
         if flags.trace or flags.concurrency is not None:
             found.append(("find_rate", "it sets the rate itself: no --trace, no --concurrency"))
         if all(limit is None for limit in slo):

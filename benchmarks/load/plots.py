@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
+from gptjet.benchmarks.files import write_atomically
 from gptjet.benchmarks.load.coordinator import RunResult
 from gptjet.benchmarks.load.samples import Sample
 
@@ -16,12 +18,19 @@ class PlotError(Exception):
 _STYLES = {"TTFT": ("#0072B2", "o", "-"), "E2E": ("#D55E00", "^", "--")}
 
 
-def draw_run(result: RunResult, path: Path) -> None:
-    """Write a PNG or SVG, as the suffix says. Raises PlotError without matplotlib."""
+def check_can_draw() -> None:
+    """Raises PlotError at once for what would stop `draw_run` after a long run."""
     try:
-        from matplotlib.figure import Figure
+        import matplotlib as mpl  # noqa: F401
     except ImportError:
         raise PlotError("plots need matplotlib: pip install 'gptjet[bench]'") from None
+
+
+def draw_run(result: RunResult, path: Path) -> None:
+    """Write a PNG or SVG, as the suffix says. Raises PlotError without matplotlib, and OSError."""
+    check_can_draw()
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     over_time, share = figure.subplots(1, 2)
     answered = [sample for sample in result.samples if sample.is_ok]
@@ -41,7 +50,9 @@ def draw_run(result: RunResult, path: Path) -> None:
             axes.legend()
     mode = f"{result.spec.mode} loop, {len(answered)} of {len(result.samples)} answered"
     figure.suptitle(mode + (", partial" if result.is_partial else ""))
-    figure.savefig(path, dpi=150)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format=path.suffix.removeprefix("."), dpi=150)
+    write_atomically(path, drawn.getvalue())
 
 
 def _value_ms(name: str, sample: Sample) -> float:

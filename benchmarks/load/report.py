@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
+from gptjet.benchmarks.files import write_atomically
 from gptjet.benchmarks.load.coordinator import RunResult
 from gptjet.benchmarks.load.generator import Counters
 from gptjet.benchmarks.load.measures import PERCENTILES, Distribution, Summary
@@ -64,18 +63,15 @@ def write_records(path: Path, records: Iterable[Record]) -> None:
     It is written at the end, unlike a sweep's: a disk must not be waited for while tokens arrive.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            for kind, fields in records:
-                record = {"schema": SCHEMA_VERSION, "kind": kind, **fields}
-                file.write(json.dumps(record, separators=(",", ":"), allow_nan=False) + "\n")
-        # mkstemp's files are for their owner alone; a result is as readable as any other file.
-        Path(name).chmod(0o644)
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    lines = (
+        json.dumps(
+            {"schema": SCHEMA_VERSION, "kind": kind, **fields},
+            separators=(",", ":"),
+            allow_nan=False,
+        )
+        for kind, fields in records
+    )
+    write_atomically(path, "".join(f"{line}\n" for line in lines))
 
 
 def progress_line(counters: Counters, elapsed_s: float) -> str:

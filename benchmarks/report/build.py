@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from gptjet.benchmarks.config import load_all_bundled
+from gptjet.benchmarks.files import write_atomically
 from gptjet.benchmarks.records import Results
 from gptjet.benchmarks.report import export, html, markdown
 from gptjet.benchmarks.report.analysis import analyse
@@ -27,8 +29,9 @@ def write_report(
 ) -> list[Path]:
     """Merge the files and write report.md, report.html, cells and samples, and plots/.
 
-    Returns what was written. Raises ReportError where there is nothing to report or a package is
-    missing, and ResultsError for a file that cannot be read. Parquet is left out without pyarrow.
+    Returns what was written, each file whole or not at all. Raises ReportError where there is
+    nothing to report, a package is missing or a file cannot be written, and ResultsError for one
+    that cannot be read. Parquet is left out without pyarrow.
     """
     results = Results.read(files)
     if not results.samples:
@@ -45,25 +48,25 @@ def write_report(
         raise ReportError(str(error)) from error
     document = compose(Material(analysis, configs, cost, figures))
 
-    folder.mkdir(parents=True, exist_ok=True)
-    written = [folder / "report.md", folder / "report.html"]
-    written[0].write_text(markdown.render(document), encoding="utf-8")
-    written[1].write_text(html.render(document), encoding="utf-8")
+    contents: dict[Path, str | bytes] = {
+        folder / "report.md": markdown.render(document),
+        folder / "report.html": html.render(document),
+    }
     for name, rows in (
         ("cells", export.cell_rows(analysis)),
         ("samples", export.sample_rows(analysis)),
     ):
-        export.write_csv(rows, folder / f"{name}.csv")
-        written.append(folder / f"{name}.csv")
-        try:
-            export.write_parquet(rows, folder / f"{name}.parquet", {"source": "gptjet sweep"})
-            written.append(folder / f"{name}.parquet")
-        except ImportError:
-            continue
+        contents[folder / f"{name}.csv"] = export.csv_text(rows)
+        with contextlib.suppress(ImportError):
+            parquet = export.parquet_bytes(rows, {"source": "gptjet sweep"})
+            contents[folder / f"{name}.parquet"] = parquet
     for figure in figures:
-        plots = folder / "plots"
-        plots.mkdir(exist_ok=True)
-        (plots / f"{figure.name}.svg").write_text(figure.svg, encoding="utf-8")
-        (plots / f"{figure.name}.png").write_bytes(figure.png)
-        written += [plots / f"{figure.name}.svg", plots / f"{figure.name}.png"]
-    return written
+        contents[folder / "plots" / f"{figure.name}.svg"] = figure.svg
+        contents[folder / "plots" / f"{figure.name}.png"] = figure.png
+    try:
+        for path, content in contents.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, content)
+    except OSError as error:
+        raise ReportError(f"{path} cannot be written: {error.strerror or error}") from error
+    return list(contents)

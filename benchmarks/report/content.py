@@ -19,8 +19,9 @@ from gptjet.benchmarks.report.document import (
     Table,
 )
 from gptjet.benchmarks.report.sections import cost_section, floor_section, record_section
-from gptjet.benchmarks.report.words import interval_text, number, percent, plural, with_sd
-from gptjet.benchmarks.statistics import CONFIDENCE, RESAMPLES, percentile
+from gptjet.benchmarks.report.warnings import warnings_of
+from gptjet.benchmarks.report.words import interval_text, number, percent, with_sd
+from gptjet.benchmarks.statistics import CONFIDENCE, RESAMPLES
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +62,7 @@ def compose(material: Material) -> Document:
 def _overview(material: Material) -> Section:
     analysis = material.analysis
     section = Section("Result")
-    section.parts += [Paragraph(text, is_warning=True) for text in _warnings(analysis)]
+    section.parts += [Paragraph(text, is_warning=True) for text in warnings_of(analysis)]
     inputs = sorted({tokens for level in analysis.levels for tokens in level.reduction_by_input})
     rows = []
     for level in analysis.levels:
@@ -98,50 +99,6 @@ def _overview(material: Material) -> Section:
         )
     )
     return section
-
-
-def _warnings(analysis: Analysis) -> list[str]:
-    found = []
-    for machine in analysis.machines:
-        sessions = analysis.sessions_of(machine)
-        notes = {session.model_note for session in sessions if session.model_note}
-        found += [f"{machine}: the model is {note}." for note in sorted(notes)]
-        if any(session.quick for session in sessions):
-            found.append(f"{machine}: made with --quick, a look and not a measurement.")
-        if not all(session.hardware_verified for session in sessions):
-            found.append(
-                f"{machine}: the servers were reached over --endpoint; that their hardware is "
-                f"{machine.hardware} is the caller's word."
-            )
-        found += _disturbed(analysis, machine)
-        meant = {str(session.config["hardware"]["name"]) for session in sessions}
-        for name in sorted(meant - {machine.hardware}):
-            found.append(f"{machine}: run with the configuration of {name}, on other hardware.")
-    results = analysis.results
-    if results.failures:
-        count = plural(len(results.failures), "run")
-        found.append(f"{count} failed; what failed is listed under \u201cWhat was recorded\u201d.")
-    if results.infeasible:
-        count = plural(len(results.infeasible), "cell")
-        found.append(f"{count} not feasible, listed under \u201cWhat was recorded\u201d.")
-    if results.duplicates:
-        count = plural(results.duplicates, "run")
-        found.append(f"{count} recorded twice with different figures; the first was kept.")
-    return found
-
-
-def _disturbed(analysis: Analysis, machine: Machine) -> list[str]:
-    """Whether other work ran beside the sweep: a server alone loads no more than its cores."""
-    loads = [s.load for c in analysis.cells if c.machine == machine for s in c.samples]
-    cpus = [session.environment.get("cpu") or {} for session in analysis.sessions_of(machine)]
-    cores = max((cpu.get("usable_cores") or 0 for cpu in cpus), default=0)
-    load = percentile(loads, 50)
-    if not cores or load <= 1 + 1.5 * cores:
-        return []
-    return [
-        f"{machine}: other work ran on this machine (median load {load:.1f} on {cores} cores): "
-        f"these latencies are not those of a quiet one."
-    ]
 
 
 def _published(material: Material) -> Section:

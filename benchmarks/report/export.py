@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import csv
 import importlib
+import io
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from gptjet.benchmarks.report.analysis import Analysis
@@ -65,20 +65,23 @@ def sample_rows(analysis: Analysis) -> list[Row]:
     return rows
 
 
-def write_csv(rows: Sequence[Row], path: Path) -> None:
+def csv_text(rows: Sequence[Row]) -> str:
     """With a header; a list is written with spaces between its values."""
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]) if rows else [])
-        writer.writeheader()
-        writer.writerows({name: _csv_value(value) for name, value in row.items()} for row in rows)
+    file = io.StringIO(newline="")
+    writer = csv.DictWriter(file, fieldnames=list(rows[0]) if rows else [])
+    writer.writeheader()
+    writer.writerows({name: _csv_value(value) for name, value in row.items()} for row in rows)
+    return file.getvalue()
 
 
-def write_parquet(rows: Sequence[Row], path: Path, metadata: Mapping[str, str]) -> None:
+def parquet_bytes(rows: Sequence[Row], metadata: Mapping[str, str]) -> bytes:
     """Typed columns, lists as lists; raises ImportError without pyarrow."""
     pyarrow = importlib.import_module("pyarrow")
     parquet = importlib.import_module("pyarrow.parquet")
     table = pyarrow.Table.from_pylist(list(rows))
-    parquet.write_table(table.replace_schema_metadata(dict(metadata)), path)
+    file = io.BytesIO()
+    parquet.write_table(table.replace_schema_metadata(dict(metadata)), file)
+    return file.getvalue()
 
 
 def _csv_value(value: Any) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Generator, Iterator
+from dataclasses import asdict
 from typing import TYPE_CHECKING, TypeAlias
 
 from gptjet.service.commands.loading import load_model
@@ -109,37 +110,24 @@ def _events(output: RequestOutput, timeout_s: float) -> Iterator[Event]:
 
 
 def _summary(summary: RequestSummary) -> client.GenerationSummary:
+    """The client's types have the engine's fields; a test holds them to that."""
     from gptjet.service import client
 
-    timings = summary.timings
+    speculation = summary.speculation
     return client.GenerationSummary(
         request_id=summary.request_id,
         finish_reason=client.FinishReason(summary.finish_reason.value),
         prompt_tokens=summary.prompt_tokens,
         completion_tokens=summary.completion_tokens,
-        timings=client.Timings(
-            queue_ms=timings.queue_ms,
-            prefill_ms=timings.prefill_ms,
-            decode_ms=timings.decode_ms,
-            ttft_ms=timings.ttft_ms,
-            e2e_ms=timings.e2e_ms,
-        ),
+        timings=client.Timings(**asdict(summary.timings)),
         sequences=tuple(
             client.SequenceSummary(
-                index=sequence.index,
-                finish_reason=client.FinishReason(sequence.finish_reason.value),
-                completion_tokens=sequence.completion_tokens,
-                stop_match=sequence.stop_match,
+                **asdict(sequence)
+                | {"finish_reason": client.FinishReason(sequence.finish_reason.value)}
             )
             for sequence in summary.sequences
         ),
         seed=summary.seed,
         cached_prompt_tokens=summary.cached_prompt_tokens,
-        speculation=client.Speculation(
-            drafted_tokens=summary.speculation.drafted_tokens,
-            accepted_tokens=summary.speculation.accepted_tokens,
-            decode_steps=summary.speculation.decode_steps,
-        )
-        if summary.speculation is not None
-        else None,
+        speculation=None if speculation is None else client.Speculation(**asdict(speculation)),
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -18,7 +17,7 @@ from gptjet.service.commands.sentiment_client import (
     run,
 )
 from gptjet.service.commands.server_settings import MODEL_SETTINGS, with_server_settings
-from gptjet.service.commands.terminal import ExitCode, fail, print_note
+from gptjet.service.commands.terminal import ExitCode, check_can_be_made, fail, print_note
 
 if TYPE_CHECKING:
     from gptjet.service.apps.sentiment.evaluate import Decide, LabelledRow
@@ -107,6 +106,7 @@ def command(
     settings: dict[str, Any],
 ) -> None:
     """Measure, print, write."""
+    from gptjet.benchmarks.files import write_atomically
     from gptjet.service.apps.sentiment.evaluate import EvaluationError
     from gptjet.service.apps.sentiment.pipeline import ServerGoneError
     from gptjet.service.apps.sentiment.plot import PlotError, check_plot, draw_evaluation
@@ -114,7 +114,7 @@ def command(
     template = asked.load_template()
     for flag, path in (("--out", out), ("--plot", plot)):
         if path is not None:
-            _check_can_be_made(flag, path)
+            check_can_be_made(flag, path)
     try:
         decide = _vader(template) if vader else None
         if plot is not None:
@@ -124,7 +124,7 @@ def command(
         # First of all: what took so long to measure is not lost where a file cannot be written.
         typer.echo(json.dumps(report, ensure_ascii=False) if as_json else _table(report))
         if out is not None:
-            _write_json(out, report)
+            write_atomically(out, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
         if plot is not None:
             draw_evaluation(report, plot)
     except (EvaluationError, PlotError) as error:
@@ -133,14 +133,6 @@ def command(
         fail(str(error), ExitCode.UNREACHABLE)
     except OSError as error:
         fail(f"{error.filename}: {error.strerror}", ExitCode.USAGE)
-
-
-def _check_can_be_made(flag: str, path: Path) -> None:
-    """Ends the command where no file can have this path."""
-    if not path.parent.is_dir():
-        fail(f"{flag}: there is no folder {path.parent}", ExitCode.USAGE)
-    if path.is_dir():
-        fail(f"{flag}: {path} is a folder", ExitCode.USAGE)
 
 
 async def _evaluate(
@@ -198,16 +190,6 @@ def _vader(template: PromptTemplate) -> Decide | None:
     except VaderMissingError as error:
         fail(str(error), ExitCode.USAGE)
     return vader_decisions
-
-
-def _write_json(path: Path, report: dict[str, Any]) -> None:
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        text = json.dumps(report, indent=2, ensure_ascii=False) + "\n"
-        unfinished.write_text(text, encoding="utf-8")
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def _table(report: dict[str, Any]) -> str:

@@ -16,7 +16,7 @@ from gptjet.service.commands.sentiment_client import (
     open_client,
     run,
 )
-from gptjet.service.commands.terminal import ExitCode, fail, print_note
+from gptjet.service.commands.terminal import ExitCode, check_can_be_made, fail, print_note
 
 if TYPE_CHECKING:
     from gptjet.service.apps.sentiment.batch import BatchSpec, BatchSummary
@@ -95,6 +95,7 @@ class FileFlags:
             fail("--file needs --out, the file to write", ExitCode.USAGE)
         if self.out.resolve() == self.file.resolve():
             fail("--out must not be --file", ExitCode.USAGE)
+        check_can_be_made("--out", self.out)
         return BatchSpec(
             source=self.file,
             column=self.column or "text",
@@ -120,10 +121,11 @@ def classify_rows(
     from gptjet.service.apps.sentiment.pipeline import ServerGoneError
 
     spec = flags.spec(asked.seed)
-    started = time.monotonic()
     kept = f"what is done is kept in {journal_path(spec.out)}; run the same command to go on"
     try:
-        summary = run(_classify_rows(spec, asked, template, connection, settings), connection)
+        summary, seconds = run(
+            _classify_rows(spec, asked, template, connection, settings), connection
+        )
     except ServerGoneError as error:
         fail(f"{error}\n{kept}", ExitCode.UNREACHABLE)
     except BatchError as error:
@@ -133,9 +135,9 @@ def classify_rows(
             print_note(kept)
         raise
     except KeyboardInterrupt:
-        print_note(f"interrupted; {kept}")
+        print_note(f"interrupted; {kept}" if journal_path(spec.out).exists() else "interrupted")
         raise
-    _report(spec, summary, time.monotonic() - started, as_json=as_json)
+    _report(spec, summary, seconds, as_json=as_json)
     if summary.rows and len(summary.errors) == summary.rows:
         raise typer.Exit(ExitCode.FAILURE)
 
@@ -146,7 +148,8 @@ async def _classify_rows(
     template: PromptTemplate,
     connection: SentimentConnection,
     settings: dict[str, Any],
-) -> BatchSummary:
+) -> tuple[BatchSummary, float]:
+    """(what was made, seconds it took without loading a model)"""
     from tqdm import tqdm
 
     from gptjet.service.apps.sentiment.batch import classify_file, count_rows
@@ -164,7 +167,9 @@ async def _classify_rows(
                     bar.initial = rows  # of an earlier run: they say nothing about the speed
                 bar.update(rows - bar.n)
 
-            return await classify_file(classifier, spec, on_progress)
+            started = time.monotonic()
+            summary = await classify_file(classifier, spec, on_progress)
+            return summary, time.monotonic() - started
 
 
 def _report(spec: BatchSpec, summary: BatchSummary, seconds: float, *, as_json: bool) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 import sys
 import unicodedata
+from pathlib import Path
 from typing import NoReturn
 
 import typer
@@ -70,3 +71,11 @@ def _commands_the_terminal(character: str) -> bool:
     if unicodedata.category(character) == "Cc":
         return character not in "\n\t"
     return unicodedata.bidirectional(character) in _BIDI_CONTROLS
+
+
+def check_can_be_made(flag: str, path: Path) -> None:
+    """Ends the command where no file can have this path."""
+    if not path.parent.is_dir():
+        fail(f"{flag}: there is no folder {path.parent}", ExitCode.USAGE)
+    if path.is_dir():
+        fail(f"{flag}: {path} is a folder", ExitCode.USAGE)

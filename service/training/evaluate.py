@@ -43,6 +43,7 @@ from gptjet.service.training.export import WEIGHTS_NAME, write_json
 from gptjet.service.training.loop import checkpoint_path
 from gptjet.service.training.measures import Figures, TextFigures, figures_for, text_figures
 from gptjet.service.training.scoring import decide, label_log_probs, model_logits
+from gptjet.service.training.train import positive
 
 RESULT_NAME = "evaluation.json"
 # Greedy answers are generated for every n-th held-out row.
@@ -93,7 +94,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     )
     parser.add_argument("--json", action="store_true", help="print the result file, no tables")
     parser.add_argument("--dry-run", action="store_true", help="write no files")
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads (%(default)s)")
+    parser.add_argument("--threads", type=positive, default=2, help="CPU threads (%(default)s)")
     return parser.parse_args(arguments)
 
 

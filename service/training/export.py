@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -26,12 +27,18 @@ RECORD_NAME = "training.json"
 def export_checkpoint(run: TrainingRun, corpus: Corpus, folder: Path) -> None:
     """Write a finished run's best model as loadable package data into `folder`.
 
-    Raises ValueError when the weights exceed MAX_WEIGHT_BYTES.
+    Made beside it and moved in once it is whole: the checkpoint that is there, perhaps the one that
+    ships, is not mixed with half of another. Raises ValueError when the weights exceed
+    MAX_WEIGHT_BYTES.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    save_half(run.best_model(), folder)
-    save_tokenizer(run.tokenizer, folder)
-    write_json(folder / RECORD_NAME, training_record(run, corpus))
+    with tempfile.TemporaryDirectory(prefix=".export-", dir=folder) as name:
+        made = Path(name)
+        save_half(run.best_model(), made)
+        save_tokenizer(run.tokenizer, made)
+        write_json(made / RECORD_NAME, training_record(run, corpus))
+        for file in sorted(made.iterdir()):
+            file.replace(folder / file.name)
 
 
 def save_half(model: GPTJForCausalLM, folder: Path) -> None:

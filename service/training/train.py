@@ -39,7 +39,7 @@ _COLUMNS = (
 
 _DESCRIPTION = """\
 Train the embedded checkpoint, a four-layer GPT-J, on the rated texts that the vaderSentiment
-3.3.2 source distribution carries (MIT licence). Takes about an hour on two CPU cores."""
+3.3.2 source distribution carries (MIT licence). Takes about half an hour on two CPU cores."""
 
 _EPILOG = """\
 examples:
@@ -73,20 +73,31 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         default=Path("service/embedded"),
         help="where package data is written",
     )
-    parser.add_argument("--epochs", type=int, default=defaults.epochs, help="(%(default)s)")
+    parser.add_argument("--epochs", type=positive, default=defaults.epochs, help="(%(default)s)")
     parser.add_argument("--seed", type=int, default=defaults.seed, help="(%(default)s)")
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads (%(default)s)")
+    parser.add_argument("--threads", type=positive, default=2, help="CPU threads (%(default)s)")
     parser.add_argument(
-        "--checkpoint-every", type=int, default=250, metavar="STEPS", help="(%(default)s)"
+        "--checkpoint-every", type=positive, default=250, metavar="STEPS", help="(%(default)s)"
     )
     parser.add_argument("--restart", action="store_true", help="discard the run's checkpoint")
     parser.add_argument("--fp32", action="store_true", help="no bfloat16 matrix products")
     for item in dataclasses.fields(RunConfig):
         if item.name not in {"epochs", "seed", "bfloat16"}:
             flag = f"--{item.name.replace('_', '-')}"
-            kind = int if isinstance(item.default, int) else float
+            kind = positive if isinstance(item.default, int) else float
             parser.add_argument(flag, type=kind, default=item.default, help="(%(default)s)")
     return parser.parse_args(arguments)
+
+
+def positive(text: str) -> int:
+    """A flag's whole number. Raises argparse.ArgumentTypeError below 1."""
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a whole number, got {text!r}") from None
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be 1 or more, got {value}")
+    return value
 
 
 def run_config(options: argparse.Namespace) -> RunConfig:
@@ -146,8 +157,20 @@ def _train_with_progress(run: TrainingRun, checkpoint_every: int) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit status."""
+    """Run the command; returns the exit status: 130 where it was interrupted."""
     options = parse_arguments(arguments)
+    try:
+        return _train(options)
+    except KeyboardInterrupt:
+        print(
+            f"\ninterrupted; the same command goes on after the last checkpoint in "
+            f"{options.run_dir}",
+            file=sys.stderr,
+        )
+        return 130
+
+
+def _train(options: argparse.Namespace) -> int:
     torch.set_num_threads(options.threads)
     config = run_config(options)
     try:

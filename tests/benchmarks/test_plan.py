@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from gptjet.benchmarks.config import ConfigError
 from gptjet.benchmarks.geometry import GeometryError
 from gptjet.benchmarks.hardware import GIB
 from gptjet.benchmarks.plan import describe, make_plan
+from gptjet.service.cli import app
 
 WEIGHTS_FP16 = 2 * 6_050_882_784
 
@@ -94,6 +96,27 @@ def test_hardware_without_a_datasheet_has_no_speed_until_it_is_measured() -> Non
     (one,) = make_plan("small", "cpu", "fp32", bandwidth=rates).placements
     assert one.speed is not None
     assert one.speed.basis == "measured"
+
+
+def test_two_machines_without_a_known_interconnect_are_noted() -> None:
+    """What they exchange would be free, and the pair twice as fast as one."""
+    rates = {"read_gb_s": 20.0, "copy_gb_s": 20.0, "matrix_tflops": {"fp32": 0.1}}
+    plan = make_plan("small", "cpu", "fp32", cards=2, bandwidth=rates)
+    (note,) = plan.notes
+    assert note.startswith("no interconnect is known for cpu: what two of them exchange")
+    assert make_plan("small", "cpu", "fp32", bandwidth=rates).notes == ()
+    assert make_plan("small", "t4", "fp32", cards=2).notes == ()
+
+
+def test_measuring_this_machine_for_a_card_with_a_datasheet_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(
+        "gptjet.benchmarks.bandwidth.measure_in_subprocess", lambda *_: pytest.fail("measured")
+    )
+    result = CliRunner().invoke(app, ["plan", "--card", "t4", "--measure"])
+    assert result.exit_code == 2
+    assert "--measure is for hardware without a datasheet; t4 has one" in result.output
 
 
 def test_a_type_the_card_has_no_units_for_is_noted() -> None:

@@ -289,6 +289,36 @@ def test_a_machine_that_was_busy_is_told(
     assert ("other work ran on this machine (median load 7.5 on 2 cores)" in text) == is_told
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (("Invented CPU", "Other CPU"), "(Invented CPU, 2 cores; Other CPU, 2 cores)"),
+        (('"identity": {}', '"identity": {"seed": 8}'), "of different sweeps (another seed)"),
+        (("", ""), None),
+    ],
+)
+def test_files_of_two_machines_or_sweeps_under_one_name_are_told(
+    write_results: ResultFile, tmp_path: Path, change: tuple[str, str], words: str | None
+) -> None:
+    """A label such as "cpu" stands for any: one's baseline must not pass for the other's."""
+    fast = {"fused/fp32": (10.0, 1.0)}
+    slow = {"huggingface/fp32": (50.0, 1.0)}
+    files = [
+        write_results(name, config="cpu", levels=levels, inputs=[50], outputs=[50])
+        for name, levels in (("a", slow), ("b", fast))
+    ]
+    text = files[1].read_text(encoding="utf-8")
+    assert change[0] in text
+    files[1].write_text(text.replace(*change), encoding="utf-8")
+    write_report(files, tmp_path / "out", with_plots=False)
+    markdown = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
+    if words is None:
+        assert "different machines" not in markdown
+        assert "different sweeps" not in markdown
+    else:
+        assert words in markdown
+
+
 def test_csv_and_parquet_hold_the_same_cells_and_every_latency(report: Path) -> None:
     parquet = pytest.importorskip("pyarrow.parquet")
     cells = parquet.read_table(report / "cells.parquet").to_pylist()
@@ -329,6 +359,34 @@ def test_nothing_to_report_is_an_error(tmp_path: Path) -> None:
         write_report([empty], tmp_path / "out")
     with pytest.raises(ResultsError, match="No such file"):
         write_report([tmp_path / "missing.jsonl"], tmp_path / "out")
+
+
+def test_a_report_that_cannot_be_written_is_an_error_that_names_the_file(
+    write_results: ResultFile, tmp_path: Path
+) -> None:
+    in_the_way = tmp_path / "report"
+    in_the_way.write_text("mine", encoding="utf-8")
+    with pytest.raises(ReportError, match=r"report\.md cannot be written: "):
+        write_report([write_results("a", levels=T4)], in_the_way, with_plots=False)
+    assert in_the_way.read_text(encoding="utf-8") == "mine"
+
+
+def test_a_report_that_is_cut_off_leaves_no_half_file(
+    write_results: ResultFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C between the temporary file and its name: the old report stands, nothing lies about."""
+    files = [write_results("a", levels=T4)]
+    folder = tmp_path / "out"
+    write_report(files, folder, with_plots=False)
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write_report([write_results("b", levels=V100)], folder, with_plots=False)
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
 
 
 def test_a_record_that_lacks_a_field_is_named(write_results: ResultFile, tmp_path: Path) -> None:

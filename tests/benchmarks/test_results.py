@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -86,3 +88,19 @@ def test_not_a_number_is_refused_before_it_is_written(tmp_path: Path) -> None:
     with ResultsWriter(path) as writer, pytest.raises(ValueError, match="not JSON compliant"):
         writer.append("sample", {"value": float("nan")})
     assert path.read_bytes() == b""
+
+
+def test_a_file_that_cannot_be_written_is_an_error_that_names_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    with pytest.raises(ResultsError, match=r"file/a\.jsonl cannot be written: "):
+        ResultsWriter(tmp_path / "file" / "a.jsonl")
+
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with ResultsWriter(tmp_path / "a.jsonl") as writer:
+        monkeypatch.setattr(os, "write", full)
+        with pytest.raises(ResultsError, match=r"a\.jsonl: a record cannot be written: No space"):
+            writer.append("sample", {"run": 1})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -25,6 +26,10 @@ level = LevelName(backend="mock", weight_type="fp32")
 server = ServerProcess(ServeCommand(model="embedded"), level, start_timeout_s=100)
 print(json.dumps({"target": server.target, "pid": server.pid}), flush=True)
 time.sleep(600)
+"""
+PATIENT = """
+import json, signal, time
+signal.signal(signal.SIGINT, lambda *_: print("heard", flush=True))
 """
 
 
@@ -54,6 +59,32 @@ def test_a_server_serves_and_dies_with_a_killed_runner() -> None:
     while is_running(told["pid"]) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not is_running(told["pid"])
+
+
+def test_ctrl_c_at_a_terminal_reaches_the_runner_and_not_its_server() -> None:
+    """A terminal signals the whole process group; the run in progress is to end well all the same.
+
+    A server that drained would fail it, and a sweep that goes on does not make failed runs again.
+    """
+    runner = subprocess.Popen(
+        [sys.executable, "-c", RUNNER.replace("import json, time", PATIENT)],
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert runner.stdout is not None
+    try:
+        told = json.loads(runner.stdout.readline())
+        assert os.getpgid(told["pid"]) != os.getpgid(runner.pid)
+        os.killpg(runner.pid, signal.SIGINT)
+        assert runner.stdout.readline() == "heard\n"
+        with Client(told["target"], retry=None) as client:
+            assert client.generate([1, 2], max_new_tokens=2).summary.completion_tokens == 2
+        assert is_running(told["pid"])
+    finally:
+        runner.kill()
+        runner.wait()
+        runner.stdout.close()
 
 
 def test_a_server_that_cannot_start_says_why() -> None:

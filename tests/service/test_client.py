@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import subprocess
 import sys
 import threading
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from gptjet.service import client_types
 from gptjet.service.backends.mock import MockBackend
 from gptjet.service.client import (
     AsyncClient,
@@ -24,6 +26,7 @@ from gptjet.service.client import (
     TlsOptions,
     UnavailableError,
 )
+from gptjet.service.engine import request
 
 StartServer = Callable[..., Awaitable[Any]]
 
@@ -236,3 +239,19 @@ def test_importing_the_client_brings_neither_torch_nor_the_engine() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("name", ["Timings", "SequenceSummary", "Speculation", "TokenLogprob"])
+def test_the_clients_types_have_the_engines_fields(name: str) -> None:
+    """`gptjet generate --in-process` turns the one into the other, field by field."""
+    ours, theirs = getattr(client_types, name), getattr(request, name)
+    assert [f.name for f in dataclasses.fields(ours)] == [
+        f.name for f in dataclasses.fields(theirs)
+    ]
+
+
+def test_the_clients_options_and_reasons_are_the_engines() -> None:
+    names = {field.name for field in dataclasses.fields(request.SamplingParams)}
+    assert set(client_types.SamplingOptions.__annotations__) == names
+    own = {reason.value for reason in client_types.FinishReason} - {"unspecified"}
+    assert own == {reason.value for reason in request.FinishReason}

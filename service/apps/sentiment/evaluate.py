@@ -12,7 +12,13 @@ from typing import Any
 
 from gptjet.service.apps.sentiment.classify import SentimentClassifier
 from gptjet.service.apps.sentiment.measures import advantage, calibration_of, figures_for
-from gptjet.service.apps.sentiment.pipeline import ROW_ERRORS, classify_patiently, in_order
+from gptjet.service.apps.sentiment.pipeline import (
+    ROW_ERRORS,
+    SERVER_ERRORS,
+    classify_patiently,
+    in_order,
+    while_server_works,
+)
 from gptjet.service.apps.sentiment.result import SentimentResult
 from gptjet.service.apps.sentiment.table import TableError, format_of, read_table
 from gptjet.service.apps.sentiment.template import UNCERTAIN, PromptTemplate
@@ -34,11 +40,12 @@ class LabelledRow:
 
 @dataclass(frozen=True, slots=True)
 class Evaluated:
-    """A row and what the app said; the error where it said nothing."""
+    """A row and what the app said; the error where it said nothing, and whose fault that is."""
 
     row: LabelledRow
     result: SentimentResult | None
     error: str | None = None
+    server_failed: bool = False
 
 
 # VADER's function, or None: no comparison.
@@ -106,12 +113,16 @@ async def evaluate(
         try:
             return Evaluated(row, await classify_patiently(classifier, row.text, seed=seed))
         except ROW_ERRORS as error:
-            return Evaluated(row, None, str(error))
+            return Evaluated(row, None, str(error), isinstance(error, SERVER_ERRORS))
 
     await classifier.model()
     started = time.monotonic()
     done: list[Evaluated] = []
-    results = in_order(rows, one, concurrency)
+    results = while_server_works(
+        in_order(rows, one, concurrency),
+        lambda evaluated: evaluated.server_failed,
+        lambda evaluated: f"{evaluated.row.text[:40]!r}: {evaluated.error}",
+    )
     async with contextlib.aclosing(results):
         async for evaluated in results:
             done.append(evaluated)

@@ -15,8 +15,9 @@ import pytest
 import structlog
 from typer.testing import CliRunner
 
-from gptjet.benchmarks.load import validity
+from gptjet.benchmarks.load import cli, validity
 from gptjet.benchmarks.load.check_clock import known_server
+from gptjet.benchmarks.load.coordinator import LoadError
 from gptjet.benchmarks.results import read_records
 from gptjet.service.cli import app
 
@@ -180,6 +181,7 @@ def test_the_highest_rate_that_holds_is_found_and_is_below_what_the_server_can_d
         (["--concurrency", "1", "--processes", "2"], "--processes: more than"),
         (["--rate", "1", "--attainment", "2"], "--attainment: is a share"),
         (["--rate", "1", "--plot", "x.pdf"], "--plot: the file must end"),
+        (["--find-rate", "--slo-e2e-ms", "9", "--plot", "x.png"], "--plot: it draws one run"),
     ],
 )
 def test_flags_that_cannot_be_are_refused_before_anything_is_sent(
@@ -188,6 +190,57 @@ def test_flags_that_cannot_be_are_refused_before_anything_is_sent(
     result = load(*arguments, "--server", "127.0.0.1:1")
     assert result.exit_code == 2
     assert words in result.output
+
+
+@pytest.mark.parametrize("flag", ["--out", "--plot"])
+def test_a_result_that_cannot_be_written_is_said_before_a_request_is_sent(
+    mock_server: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flag: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    monkeypatch.setattr(cli, "_run", lambda *_: pytest.fail("it was run"))
+    with mock_server(1, 1) as target:
+        result = load("--server", target, "--rate", "4", flag, str(tmp_path / "file" / "x.png"))
+    assert result.exit_code == 2, result.output
+    assert f"{tmp_path / 'file'}: " in result.output
+
+
+def test_a_plot_that_cannot_be_drawn_is_said_before_a_request_is_sent(
+    mock_server: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setattr(cli, "_run", lambda *_: pytest.fail("it was run"))
+    with mock_server(1, 1) as target:
+        result = load("--server", target, "--rate", "4", "--plot", str(tmp_path / "x.png"))
+    assert result.exit_code == 1, result.output
+    assert "plots need matplotlib" in result.output
+
+
+def test_a_search_that_loses_its_server_keeps_the_rates_it_has_tried(
+    mock_server: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = []
+    run_load = cli.run_load
+
+    async def lost_at_the_second(*arguments: Any) -> Any:
+        if made:
+            raise LoadError("the warm-up failed: UNAVAILABLE: gone")
+        made.append(await run_load(*arguments))
+        return made[0]
+
+    monkeypatch.setattr(cli, "run_load", lost_at_the_second)
+    out = tmp_path / "search.jsonl"
+    with mock_server(1, 1) as target:
+        result = load(
+            *("--server", target, "--find-rate", "--slo-e2e-ms", "60000", "--rate", "20"),
+            *("--requests", "3", "--probes", "1", "--warmup", "0", "--out", str(out)),
+            *("--prompt-tokens", "4", "--output-tokens", "2"),
+        )
+    assert result.exit_code == 1, result.output
+    assert "the warm-up failed: UNAVAILABLE: gone" in result.output
+    kinds = [record["kind"] for record in read_records(out)]
+    assert kinds == ["load_session", "load_run", *["load_request"] * 3, "load_summary"]
 
 
 def test_no_server_is_said_as_every_client_command_says_it() -> None:

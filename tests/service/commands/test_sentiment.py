@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import csv
 import errno
 import json
@@ -10,6 +11,7 @@ import re
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +21,7 @@ from gptjet.service import embedded
 from gptjet.service.apps.sentiment.batch import journal_path
 from gptjet.service.backends.factory import load_backend
 from gptjet.service.backends.mock import MockBackend
+from gptjet.service.commands import sentiment_client, sentiment_file
 from gptjet.service.commands.terminal import ExitCode
 
 Invoke = Callable[..., Awaitable[Result]]
@@ -186,6 +189,47 @@ async def test_a_file_of_which_every_row_has_an_error_is_a_failure(
     assert [row["n"] for row in rows_of(out)] == ["0", "1"]
 
 
+async def test_a_folder_that_is_not_there_is_said_by_the_flag_before_a_server_is_asked(
+    invoke: Invoke, reviews: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "none" / "out.csv"
+    result = await invoke(
+        *("sentiment", "--file", str(reviews), "--out", str(out), "--server", "127.0.0.1:1")
+    )
+    assert result.exit_code == ExitCode.USAGE
+    assert f"--out: there is no folder {out.parent}" in result.stderr
+
+
+async def test_the_rate_of_a_file_does_not_count_the_time_a_model_takes_to_load(
+    invoke: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a clock that only loading moves, by an hour."""
+    clock = [1000.0]
+    monkeypatch.setattr(sentiment_file, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    load = sentiment_client.open_client
+
+    @contextlib.asynccontextmanager
+    async def slow_to_load(*arguments: Any, **options: Any) -> AsyncIterator[Any]:
+        async with load(*arguments, **options) as client:
+            clock[0] += 3600
+            yield client
+
+    monkeypatch.setattr(sentiment_file, "open_client", slow_to_load)
+    source = tmp_path / "in.csv"
+    source.write_text("n,text\n0,good\n", encoding="utf-8")
+    seconds: list[float] = []
+    report = sentiment_file._report
+
+    def noted(spec: Any, summary: Any, took: float, **options: Any) -> None:
+        seconds.append(took)
+        report(spec, summary, took, **options)
+
+    monkeypatch.setattr(sentiment_file, "_report", noted)
+    result = await invoke("sentiment", "--file", str(source), "--out", str(tmp_path / "out.csv"))
+    assert result.exit_code == ExitCode.OK, result.output
+    assert seconds == [0.0]
+
+
 async def test_a_misspelt_column_is_answered_with_the_near_one(
     start_server: Any, invoke: Invoke, reviews: Path, tmp_path: Path
 ) -> None:
@@ -319,7 +363,7 @@ async def test_figures_are_printed_though_the_file_cannot_be_written(
     def full(path: Path, _: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
-    monkeypatch.setattr("gptjet.service.commands.sentiment_evaluate._write_json", full)
+    monkeypatch.setattr("gptjet.benchmarks.files.write_atomically", full)
     result = await invoke(
         *("sentiment", "evaluate", "--limit", "9", "--no-vader", "--server", server),
         *("--out", str(tmp_path / "it.json")),

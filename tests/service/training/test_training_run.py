@@ -219,6 +219,49 @@ def test_an_export_over_the_size_limit_is_refused(
         save_half(model, tmp_path)
 
 
+def test_an_export_that_fails_leaves_the_checkpoint_that_is_there(
+    tmp_path: Path, tiny_corpus: Corpus, tones: ToneLexicon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = new_run(tiny_corpus, tones, tmp_path / "run")
+    run.train(stop_after=1)
+    folder = tmp_path / "out"
+    export_checkpoint(run, tiny_corpus, folder)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    run.train()  # the best weights are others now
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    for name, failure in (("MAX_WEIGHT_BYTES", 1000), ("save_tokenizer", interrupted)):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"gptjet.service.training.export.{name}", failure)
+            with pytest.raises((ValueError, KeyboardInterrupt)):
+                export_checkpoint(run, tiny_corpus, folder)
+        assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+@pytest.mark.parametrize("flag", ["--threads", "--epochs", "--checkpoint-every", "--layers"])
+def test_a_number_below_one_is_refused_by_its_flag(
+    flag: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as done:
+        parse_arguments([flag, "0"])
+    assert done.value.code == 2
+    assert f"argument {flag}: must be 1 or more, got 0" in capsys.readouterr().err
+
+
+def test_a_run_that_is_interrupted_says_how_to_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("gptjet.service.training.train.load_corpus", interrupted)
+    monkeypatch.setattr("gptjet.service.training.train.verify_sdist", lambda _: None)
+    assert main(["--sdist", str(tmp_path / "x.tar.gz")]) == 130
+    assert "interrupted; the same command goes on" in capsys.readouterr().err
+
+
 def test_help_teaches_and_a_missing_archive_is_a_plain_error(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

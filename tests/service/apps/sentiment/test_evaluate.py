@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+import grpc
 import pytest
 
 from gptjet.service.apps.sentiment.classify import SentimentClassifier
@@ -17,10 +18,12 @@ from gptjet.service.apps.sentiment.evaluate import (
     load_rows,
     sample_rows,
 )
+from gptjet.service.apps.sentiment.pipeline import ServerGoneError
 from gptjet.service.apps.sentiment.plot import PlotError, check_plot, draw_evaluation
 from gptjet.service.apps.sentiment.table import TableError
 from gptjet.service.apps.sentiment.template import load_template
 from gptjet.service.apps.sentiment.vader import VaderMissingError, vader_decisions
+from gptjet.service.client import InternalError
 
 from .conftest import FakeClient
 
@@ -96,6 +99,18 @@ async def test_what_cannot_be_measured_is_refused(client: FakeClient) -> None:
         await evaluate(classifier, [LabelledRow("a", "angry")])
     with pytest.raises(EvaluationError, match="every row has an error; the first: text: must not"):
         await evaluate(classifier, [LabelledRow(" ", "neutral")])
+
+
+async def test_a_server_that_fails_at_row_after_row_ends_the_evaluation(
+    client: FakeClient,
+) -> None:
+    classifier = SentimentClassifier(client, TEMPLATE)  # type: ignore[arg-type]
+    client.errors = [InternalError(grpc.StatusCode.INTERNAL, "id 5") for _ in range(200)]
+    with pytest.raises(ServerGoneError, match=r"5 rows one after the other, .*'row 4': .*id 5"):
+        await evaluate(
+            classifier, [LabelledRow(f"row {n}", "neutral") for n in range(100)], concurrency=1
+        )
+    assert len(client.errors) > 100
 
 
 def test_rows_of_a_users_own_file(tmp_path: Path) -> None:
