@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from gptjet.kernels.gpu.gemv_launch import SMALLEST_DOT_GROUP, Workspace, capability_of
 from gptjet.kernels.gpu.operations import Operations
 from gptjet.kernels.gpu.routes import route_of
+from gptjet.kernels.gpu.tuning import DOT_ROWS
 from gptjet.kernels.weights import DenseWeight, Int4Weight, Weight
 
 # Values of a tile: 32 MiB of float16, which the larger cards' second-level cache nearly holds.
@@ -39,6 +40,7 @@ class Matmul:
         self._dot_rows = dot_rows
         needed = max((_tile_size(weight) for weight in weights), default=0)
         self._tile = torch.empty(needed, dtype=torch.float16, device=device)
+        self._most = max((self._most_dot_rows(weight) for weight in weights), default=0)
         by_dot = [(most, weight) for weight in weights if (most := self._most_dot_rows(weight))]
         self._workspace = Workspace.for_dot(device, by_dot, self._capability)
 
@@ -47,6 +49,12 @@ class Matmul:
         """Bytes of the buffers."""
         workspace = self._workspace
         return self._tile.nbytes + workspace.partials.nbytes + workspace.arrivals.nbytes
+
+    @property
+    def kinds_of_rows(self) -> tuple[int, ...]:
+        """Numbers of rows that launch every kernel there is, a tile of dot_linear each."""
+        below = tuple(rows for rows in DOT_ROWS if rows < self._most)
+        return (*below, self._most, self._most + 1) if self._most else (1,)
 
     def linear(self, x: torch.Tensor, weight: Weight) -> torch.Tensor:
         """x [T, K] float16 times the weight [N, K] transposed, plus its bias: [T, N] float16."""

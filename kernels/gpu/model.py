@@ -91,6 +91,10 @@ class GpuModel:
         self.buckets = self._row_pass.buckets
         transfers = transfers_for(self.device)
         self._copier = BlockCopier(operations.copy_blocks, self.device, transfers)
+        if self.device.type == "cuda":
+            # No prompt waits for the compiler because it is the first of its length.
+            with torch.no_grad(), self._on_device():
+                self._launch_many_rows()
 
     @property
     def nbytes(self) -> int:
@@ -156,9 +160,13 @@ class GpuModel:
 
     @torch.no_grad()
     def launch_each(self, kv_cache: torch.Tensor) -> None:
-        """Launch every row pass once, over whatever is in the buffers: for the launches' sake."""
+        """Launch every row pass once, over whatever is in the buffers: for the launches' sake.
+
+        And the weight passes of many rows, as `__init__` does on a card.
+        """
         with self._on_device():
             self._row_pass.launch_each(kv_cache)
+            self._launch_many_rows()
 
     @torch.no_grad()
     def copy_blocks(self, copies: Sequence[tuple[int, int]], kv_cache: torch.Tensor) -> None:
@@ -205,6 +213,23 @@ class GpuModel:
         # One token each of any number of sequences; of more than one each, only as many as a GEMV
         # kernel takes: the attention of a row pass reads a sequence's KV for every row anew.
         return tokens <= self.max_rows and (tokens == sequences or tokens <= MAX_ROWS)
+
+    def _launch_many_rows(self) -> None:
+        """Launch the weight passes of a block and the lm_head by every way that many rows take."""
+        head, layer, sizes = self._head, self._layers[0], self.geometry
+        assert head is not None
+        width, eps = sizes.num_heads * sizes.head_dim, sizes.layer_norm_eps
+        matmul = self._weight_passes.matmul
+        for rows in matmul.kinds_of_rows:
+            residual = torch.zeros(rows, sizes.hidden_size, device=self.device)
+            projected = residual.new_zeros(rows, layer.w_in.shape[0], dtype=torch.float16)
+            norm = (layer.norm_weight, layer.norm_bias, eps)
+            matmul.layer_norm_linear(residual, *norm, layer.w_in, projected)
+            attended, inner = projected[:, :width], projected[:, 3 * width :]
+            matmul.gelu_linear_residual(residual, attended, inner, layer.w_out)
+            logits = residual.new_zeros(rows, sizes.vocab_size)
+            norm = (head.norm_weight, head.norm_bias, eps)
+            matmul.layer_norm_linear(residual, *norm, head.lm_head, logits)
 
     def _passes(self) -> Iterator[tuple[str, Weight]]:
         """The weight passes by the name of their kernel."""

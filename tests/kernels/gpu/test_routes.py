@@ -221,6 +221,20 @@ def test_a_model_of_a_newer_card_decodes_a_batch_through_dot_linear(
     assert float((logits[90] - logits[75]).abs().max()) <= limit
 
 
+def test_every_kernel_of_many_rows_is_launched_before_a_prompt_needs_it(
+    small: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (matmul, model):
+        monkeypatch.setattr(module, "capability_of", lambda _: 90)
+    head, layers = small.random_weights("int8")
+    counting = Counting(reference_operations())
+    made = model.GpuModel(small.GEOMETRY, head, layers, counting.operations, max_rows=8)
+    made.launch_each(small.kv_cache())
+    assert {rows for name, rows in counting.calls if name == "dot"} == {16, 32, 64}
+    assert len([name for name, _ in counting.calls if name == "tile"]) == 3
+    assert Matmul(reference_operations(), [], torch.device("cpu")).kinds_of_rows == (1,)
+
+
 def test_the_buffers_are_made_once_and_counted() -> None:
     weight = make("int8", 8, 4096)
     by = Matmul(reference_operations(), [weight], torch.device("cpu"), capability=90)
