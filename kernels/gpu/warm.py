@@ -17,6 +17,7 @@ from gptjet.kernels.gpu.availability import launch_smallest
 from gptjet.kernels.gpu.gemv_launch import MAX_ROWS
 from gptjet.kernels.gpu.model import GpuModel
 from gptjet.kernels.gpu.operations import triton_operations
+from gptjet.kernels.gpu.routes import load_routes
 from gptjet.kernels.weights import (
     INT4_GROUP,
     DenseWeight,
@@ -200,16 +201,26 @@ def _kv_caches(geometry: BlockGeometry, kv_dtypes: Sequence[str]) -> Iterator[to
 
 
 def _prefills(geometry: BlockGeometry, max_rows: int) -> Iterator[ForwardBatch]:
-    """Prompts that end in one pass, one to eight: that many rows go through the lm_head."""
+    """Passes that are no row pass, of every number of rows that some kernel takes.
+
+    First of the tokens, by one prompt; then of the rows that go through the lm_head, by prompts
+    that end together.
+    """
+    most = max([MAX_ROWS, *(route.dot_rows[1] for route in load_routes() if route.dot_rows)]) + 1
+    for length in range(MAX_ROWS + 1, min(most, geometry.max_context) + 1):
+        yield _prompts(geometry, 1, length)
+    for prompts in range(1, min(most, max_rows) + 1):
+        # Longer than any row pass of so many sequences.
+        yield _prompts(geometry, prompts, min(geometry.max_context, MAX_ROWS // prompts + 2))
+
+
+def _prompts(geometry: BlockGeometry, prompts: int, length: int) -> ForwardBatch:
+    tokens = prompts * length
     width = -(-geometry.max_context // BLOCK_SIZE)
-    for prompts in range(1, MAX_ROWS + 1):
-        # Longer than any row pass, so that it is none.
-        length = min(geometry.max_context, max_rows // prompts + 2)
-        tokens = prompts * length
-        yield ForwardBatch(
-            token_ids=torch.zeros(tokens, dtype=torch.int32),
-            positions=torch.arange(length, dtype=torch.int32).repeat(prompts),
-            sequence_index=torch.arange(prompts, dtype=torch.int32).repeat_interleave(length),
-            block_tables=torch.zeros(prompts, width, dtype=torch.int32),
-            logits_rows=torch.arange(length - 1, tokens, length, dtype=torch.int32),
-        )
+    return ForwardBatch(
+        token_ids=torch.zeros(tokens, dtype=torch.int32),
+        positions=torch.arange(length, dtype=torch.int32).repeat(prompts),
+        sequence_index=torch.arange(prompts, dtype=torch.int32).repeat_interleave(length),
+        block_tables=torch.zeros(prompts, width, dtype=torch.int32),
+        logits_rows=torch.arange(length - 1, tokens, length, dtype=torch.int32),
+    )
