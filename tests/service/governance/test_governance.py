@@ -125,7 +125,8 @@ async def test_a_folder_that_is_not_usable_stops_the_start_unless_failing_open(
     (tmp_path / "g").unlink()
     assert await judge(governance, "a bar") == "a bar"
     async with asyncio.timeout(60):
-        while governance.counters.written != 1:
+        # The audit log is written first, and the queue after it.
+        while governance.counters.written != 1 or governance.num_pending != 1:
             await asyncio.sleep(0.01)
     queue = ReviewQueue(tmp_path / "g" / "review.sqlite", must_exist=True)
     assert len(queue.items()) == 1
