@@ -34,7 +34,9 @@ from gptjet.benchmarks.results import ResultsError, ResultsWriter
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit codes: 0 done, 1 a peer failed or parity is red, 2 it cannot be run as asked."""
+    """Exit codes: 0 done, 1 a peer failed or parity is red, 2 it cannot be run as asked, 130
+    interrupted: the file keeps the runs that were made.
+    """
     flags = _parser().parse_args(arguments)
     try:
         if flags.command == "setup":
@@ -46,6 +48,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (PeerError, ResultsError) as error:
         sys.stderr.write(f"peers: error: {error}\n")
         return 1
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted\n")
+        return 130
+
+
+def _positive(text: str) -> int:
+    """A flag's whole number. Raises argparse.ArgumentTypeError below 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number, 1 or more, got {text}")
+    return int(text)
 
 
 def _run(flags: argparse.Namespace) -> int:
@@ -136,10 +148,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     run.add_argument("--model", type=Path, required=True, help="a checkpoint folder")
     run.add_argument("--weight-type", default="fp32", choices=("fp32", "bf16", "int8", "int4"))
-    run.add_argument("--input", type=int, default=50, help="prompt tokens")
-    run.add_argument("--output", type=int, default=50, help="output tokens")
-    run.add_argument("--rounds", type=int, default=8)
-    run.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    run.add_argument("--input", type=_positive, default=50, help="prompt tokens")
+    run.add_argument("--output", type=_positive, default=50, help="output tokens")
+    run.add_argument("--rounds", type=_positive, default=8)
+    run.add_argument("--threads", type=_positive, default=os.cpu_count() or 1)
     run.add_argument("--seed", type=int, default=0)
     run.add_argument("--out", type=Path, default=Path("peers.jsonl"))
     return parser

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gptjet.benchmarks.peers.contestants import Contestant, PeerRun
+from gptjet.benchmarks.peers.environments import PeerError
 
 # Threads of a library that has just finished may spin for a while before they sleep.
 _PAUSE_S = 0.3
@@ -96,7 +97,7 @@ def run_rounds(
         time.sleep(pause_s)
         run = contestants[name].run(design.prompt(number), design.output_tokens)
         if len(run.tokens) != design.output_tokens:
-            raise ValueError(f"{name} gave {len(run.tokens)} tokens, not {design.output_tokens}")
+            raise PeerError(f"{name} gave {len(run.tokens)} tokens, not {design.output_tokens}")
         runs[name].append(run)
         on_run(number, name, run)
     return runs

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gptjet.benchmarks.peers.contestants import PeerRun
+from gptjet.benchmarks.peers.environments import PeerError
 from gptjet.benchmarks.peers.experiment import (
     Design,
     compare,
@@ -54,7 +55,7 @@ def test_every_contestant_gets_the_prompt_of_the_round_after_one_warm_up() -> No
 
 
 def test_a_contestant_that_answers_another_length_is_no_measurement() -> None:
-    with pytest.raises(ValueError, match="b gave 2 tokens, not 3"):
+    with pytest.raises(PeerError, match="b gave 2 tokens, not 3"):
         run_rounds({"a": Invented([], "a"), "b": Invented([], "b", 2)}, DESIGN, pause_s=0)
 
 

@@ -46,6 +46,16 @@ def test_transformers_and_our_server_give_the_same_greedy_tokens(
     assert "gptjet:huggingface" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("flag", ["--input", "--output", "--rounds", "--threads"])
+def test_a_number_below_one_is_refused_by_its_flag(
+    flag: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as done:
+        main(["run", "--model", str(tmp_path), "transformers", flag, "0"])
+    assert done.value.code == 2
+    assert f"argument {flag}: must be a whole number, 1 or more, got 0" in capsys.readouterr().err
+
+
 def test_the_engine_and_the_server_give_transformers_tokens_and_say_their_memory(
     make_gptj_checkpoint: Callable[..., Path],
     tmp_path: Path,
