@@ -15,6 +15,7 @@ import torch
 
 from gptjet.benchmarks.gpu_evidence.launches import (
     Attention,
+    CopyBlocks,
     Dequantize,
     Embed,
     RotaryWrite,
@@ -148,6 +149,9 @@ def _shared_cases(geometry: BlockGeometry) -> Iterator[KernelCase]:
             f"{name} KV",
             functools.partial(RotaryWrite, geometry, kv),
             rows=RotaryWrite.ROWS,
+        )
+        yield KernelCase(
+            shared, "copy_blocks", f"{name} KV", functools.partial(CopyBlocks, geometry, kv)
         )
     yield KernelCase(shared, "embed", "rows 3", functools.partial(Embed, geometry))
     for kind in ("int8", "int4"):

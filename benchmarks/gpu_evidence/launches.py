@@ -10,6 +10,7 @@ import torch
 from gptjet.benchmarks.tune.card import LaunchTensors
 from gptjet.kernels import reference
 from gptjet.kernels.batch import BLOCK_SIZE, BlockGeometry
+from gptjet.kernels.gpu.copy_blocks import copy_blocks
 from gptjet.kernels.gpu.dequantize import dequantize_rows
 from gptjet.kernels.gpu.embedding import embed
 from gptjet.kernels.gpu.gemv_launch import Workspace, workspace_needs
@@ -180,6 +181,38 @@ class RotaryWrite:
         else:
             stored = _difference(self._cache, self._expected.float(), _HALF_TOLERANCE)
         return max((difference, limit), stored, key=lambda pair: pair[0] / pair[1])
+
+
+class CopyBlocks:
+    """Three KV blocks of random bytes over three others, in all layers: not a byte may differ."""
+
+    copies = 1
+    _PAIRS = ((4, 1), (0, 5), (4, 3))
+    _NUM_BLOCKS = 6
+
+    def __init__(
+        self, geometry: BlockGeometry, kv: torch.dtype, device: torch.device, _: int
+    ) -> None:
+        torch.manual_seed(_SEED)
+        shape = geometry.kv_cache_shape(self._NUM_BLOCKS, kv)
+        self._before = torch.randint(-128, 128, shape, dtype=torch.int8, device=device).to(kv)
+        self._cache = self._before.clone()
+        self._pairs = torch.tensor(self._PAIRS, dtype=torch.int32, device=device)
+        self.num_bytes = 2 * len(self._PAIRS) * self._before[:, :, 0].nbytes
+
+    def launch(self, copy: int) -> None:
+        """See Launchable."""
+        del copy
+        copy_blocks(self._cache, self._pairs)
+
+    def error(self) -> tuple[float, float]:
+        """See Launchable."""
+        self._cache.copy_(self._before)
+        self.launch(0)
+        expected = self._before.clone()
+        for source, destination in self._PAIRS:
+            expected[:, :, destination] = self._before[:, :, source]
+        return float((self._cache != expected).sum()), 0.5
 
 
 class Embed:

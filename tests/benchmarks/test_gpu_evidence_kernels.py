@@ -180,6 +180,21 @@ def test_a_kernel_that_turns_wrongly_is_found(
     assert (right["passed"], wrong["passed"]) == (True, False)
 
 
+@pytest.mark.parametrize("kv", ["float16", "int8"])
+def test_a_copy_that_leaves_a_block_out_is_found(
+    kernel_cases: Any, monkeypatch: pytest.MonkeyPatch, kv: str
+) -> None:
+    from gptjet.benchmarks.gpu_evidence import launches
+
+    listed = kernel_cases.kernel_cases(kernel_cases.TINY, ())
+    (case,) = [c for c in listed if (c.kernel, c.name) == ("copy_blocks", f"{kv} KV")]
+    (right,) = check_cases([case], CPU)
+    copy = launches.copy_blocks
+    monkeypatch.setattr(launches, "copy_blocks", lambda cache, pairs: copy(cache, pairs[:-1]))
+    (wrong,) = check_cases([case], CPU)
+    assert (right["passed"], wrong["passed"]) == (True, False)
+
+
 def test_device_that_is_not_there_is_unavailable_and_not_failed(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
