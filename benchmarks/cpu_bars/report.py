@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table as RichTable
@@ -16,6 +17,7 @@ from gptjet.benchmarks.report.document import Document, Kind, Paragraph, Section
 from gptjet.benchmarks.roofline import WEIGHT_TYPES, decode_work
 
 _PIPE_WIDTH = 200
+_LIBRARIES = ("torch", "transformers")
 
 
 def make_document(bars: Bars) -> Document:
@@ -30,6 +32,7 @@ def make_document(bars: Bars) -> Document:
     passed = sum(bar.verdict is Verdict.PASS for bar in judged)
     asked = sum(bar.verdict is not Verdict.SHOWN for bar in judged)
     section.parts.append(Paragraph(f"{passed} of {asked} bars hold."))
+    section.parts += [Paragraph(text) for text in _measured_with(bars.recorded.sessions)]
     builds = dict.fromkeys(str(each.get("build")) for each in bars.recorded.sessions)
     if len(builds) > 1:
         section.parts.append(Paragraph(f"Rounds of {len(builds)} builds: {', '.join(builds)}."))
@@ -40,6 +43,24 @@ def make_document(bars: Bars) -> Document:
         section.parts += [Paragraph(text) for text in _notes(bars, model)]
         document.sections.append(section)
     return document
+
+
+def _measured_with(sessions: Iterable[Mapping[str, Any]]) -> Iterator[str]:
+    """When, on what and with what, each combination once."""
+    found: dict[str, None] = {}
+    for session in sessions:
+        environment = session.get("environment")
+        if not environment:
+            continue
+        cpu, packages = environment["cpu"], environment["packages"]
+        versions = ", ".join(f"{n} {packages[n]}" for n in _LIBRARIES if packages.get(n))
+        git = environment.get("git")
+        commit = git["commit"][:12] if git else "unknown"
+        found[
+            f"Measured {session['started_at'][:10]} on {cpu['model']}, {cpu['usable_cores']} cores, "
+            f"{session['threads']} threads: {versions}; commit {commit}."
+        ] = None
+    yield from found
 
 
 def print_document(document: Document, console: Console | None = None) -> None:

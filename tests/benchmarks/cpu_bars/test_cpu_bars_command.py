@@ -14,6 +14,8 @@ from gptjet.benchmarks.cpu_bars.build import fingerprint
 from gptjet.benchmarks.cpu_bars.busy import busy_cores, usable_cores
 from gptjet.benchmarks.results import read_records
 
+ROOT = Path(__file__).resolve().parents[3]
+
 
 @pytest.fixture(autouse=True)
 def no_bandwidth(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -50,6 +52,8 @@ def test_a_quick_look_with_real_processes_records_rounds_and_who_is_not_there(
     absent = {record["entry"] for record in records if record["kind"] == "bars_absent"}
     assert "ctranslate2/fp32" in absent
     assert "ctranslate2 is not set up" in markdown.read_text()
+    versions = f"torch {records[0]['environment']['packages']['torch']}, transformers"
+    assert f"cores, 1 threads: {versions}" in markdown.read_text()
     assert "engine:huggingface/fp32" in capsys.readouterr().out
 
     before = out.read_bytes()
@@ -114,6 +118,14 @@ def test_an_interrupt_says_that_the_same_command_goes_on(
     monkeypatch.setattr(command, "checkpoint_folder", interrupted)
     assert command.main(["--out", str(tmp_path / "bars.jsonl")]) == command.INTERRUPTED
     assert "the same command goes on" in capsys.readouterr().err
+
+
+def test_the_page_in_the_repository_is_what_the_command_writes(tmp_path: Path) -> None:
+    """From the newest file of the results; their names begin with the date."""
+    newest = max((ROOT / "benchmarks" / "results").glob("*-cpu-bars*.jsonl"))
+    page = tmp_path / "page.md"
+    command.main(["--out", str(newest), "--report", "--markdown", str(page)])
+    assert page.read_text() == (ROOT / "docs" / "cpu-bars.md").read_text()
 
 
 def test_every_core_has_a_busy_process_and_none_is_left_behind() -> None:
