@@ -56,10 +56,9 @@ def _measured_with(sessions: Iterable[Mapping[str, Any]]) -> Iterator[str]:
         versions = ", ".join(f"{n} {packages[n]}" for n in _LIBRARIES if packages.get(n))
         git = environment.get("git")
         commit = git["commit"][:12] if git else "unknown"
-        found[
-            f"Measured {session['started_at'][:10]} on {cpu['model']}, {cpu['usable_cores']} cores, "
-            f"{session['threads']} threads: {versions}; commit {commit}."
-        ] = None
+        machine = f"{cpu['model']}, {cpu['usable_cores']} cores, {session['threads']} threads"
+        day = session["started_at"][:10]
+        found[f"Measured {day} on {machine}: {versions}; commit {commit}."] = None
     yield from found
 
 
